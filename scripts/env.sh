@@ -1,0 +1,31 @@
+# The environment of every script here; source it, then say which extras are needed:
+#     use_environment train,test
+# Works in the active virtual environment, or in .venv, which it makes. Packages are installed only
+# when pyproject.toml or constraints.txt has changed since the last time.
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# One thread a process: the scripts run several processes side by side.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+use_environment() {
+    local extras=$1
+    if [ -z "${VIRTUAL_ENV:-}" ]; then
+        # `activate` is the last file that venv writes: without it, a .venv is a broken-off one.
+        [ -e "$REPO/.venv/bin/activate" ] || "${PYTHON:-python3}" -m venv --clear "$REPO/.venv"
+        source "$REPO/.venv/bin/activate"
+    fi
+    local wanted stamp=$VIRTUAL_ENV/.sqllava-$extras
+    wanted=$(cd "$REPO" && echo "$REPO" | sha256sum - pyproject.toml constraints.txt)
+    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
+    install_packages "$extras"
+    echo "$wanted" >"$stamp"
+}
+
+install_packages() {
+    echo "installing sqllava[$1] into $VIRTUAL_ENV (takes a few minutes the first time)" >&2
+    # The constraints keep torch at the tested version. It comes first: the rest builds on it.
+    local pip=(python -m pip install --quiet --disable-pip-version-check
+        --constraint "$REPO/constraints.txt")
+    "${pip[@]}" torch
+    "${pip[@]}" --editable "$REPO[$1]"
+}

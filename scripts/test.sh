@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Checks the project: lint, format, types, tests.
+#     scripts/test.sh [--all] [pytest arguments]      --all runs the slow tests too
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+use_environment train,test
+cd "$REPO"
+
+selection="not slow"
+if [ "${1:-}" = --all ]; then
+    selection=""
+    shift
+fi
+ruff check .
+ruff format --check .
+mypy
+python -m pytest -n 2 -m "$selection" "$@"

@@ -1,0 +1,23 @@
+"""SQ-LLaVA: a vision-language model that learns to ask about images as well as to answer.
+
+Importing the package makes its model known to transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from sqllava.model.config import SQLlavaConfig
+from sqllava.model.model import SQLlavaForConditionalGeneration
+from sqllava.model.processor import SQLlavaProcessor
+
+AutoConfig.register("sqllava", SQLlavaConfig, exist_ok=True)
+AutoModelForImageTextToText.register(
+    SQLlavaConfig, SQLlavaForConditionalGeneration, exist_ok=True
+)
+AutoProcessor.register(SQLlavaConfig, SQLlavaProcessor, exist_ok=True)
+
+__version__ = "0.1.0"
+__all__ = [
+    "SQLlavaConfig",
+    "SQLlavaForConditionalGeneration",
+    "SQLlavaProcessor",
+]

@@ -1,0 +1,255 @@
+"""Source files -> records: reading JSON, JSON lines and Parquet as streams, and the schema check.
+
+First step of the data's path; what is read here goes into the index (`index.py`).
+A "record" is a LLaVA record, a dict with `conversations` and perhaps `image`; numbers count from 0.
+"""
+
+import codecs
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sqllava.conversation import IMAGE, turns_from_record
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 1 << 20
+_PARQUET_ROWS = 256
+
+
+class RecordError(ValueError):
+    """Data that cannot be used; the message names the file, the record's number and its id."""
+
+
+def iter_records(path: Path | str) -> Iterator[Any]:
+    """Reads the records of a JSON array, JSON lines or Parquet file one by one.
+
+    The kind of file is told by its content. `messages` (role, content) are read as `conversations`.
+    Nothing but the syntax is checked: a well-formed file may still hold bad records, or values that
+    are no dict at all; see `check_record`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecordError: the file is empty, of no known kind, or malformed at the place named.
+    """
+    for record, _ in iter_with_text(path):
+        yield record
+
+
+def iter_with_text(path: Path | str) -> Iterator[tuple[Any, str]]:
+    """Like `iter_records`, each record with its JSON text (as it stands in the file, if it can)."""
+    path = Path(path)
+    count = 0
+    renamed = False
+    for record, text in _iter_source(path):
+        if _has_messages(record):
+            if not renamed:
+                logger.info("%s: reading 'messages' as 'conversations'", path)
+                renamed = True
+            record = _from_messages(record)
+            text = _to_json(record)
+        yield record, text
+        count += 1
+    if not count:
+        raise RecordError(f"{path}: holds no records; expected at least one")
+
+
+def check_record(record: Any, path: Path | str, number: int) -> None:
+    """Checks one record: its turns, its images, and that they fit each other.
+
+    Args:
+        path: the source file, for the message.
+        number: the record's place in the file, from 0.
+
+    Raises:
+        RecordError: naming file, number and id, what was found and what would be right.
+    """
+    try:
+        _check(record)
+    except (ValueError, TypeError) as error:  # TypeError: a speaker that is a list or a dict
+        raise RecordError(describe(record, path, number, error)) from error
+
+
+def describe(record: Any, path: Path | str, number: int, reason: object) -> str:
+    """The message for a fault: file, record number and id, then the reason."""
+    identity = record.get("id") if isinstance(record, dict) else None
+    return f"{path}: record {number} (id {identity!r:.80}): {reason}"
+
+
+def image_names(record: dict[str, Any]) -> list[str]:
+    """The names in a record's `image`: none, one, or a list; ValueError if it is anything else."""
+    image = record.get("image")
+    names = [] if image is None else image if isinstance(image, list) else [image]
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"'image' must be a file name or a list of them, found {image!r:.80}")
+    return names
+
+
+def _check(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be a JSON object, found {record!r:.80}")
+    turns = turns_from_record(record)
+    marks, names = sum(turn.images for turn in turns), image_names(record)
+    if marks != len(names):
+        raise ValueError(
+            f"found {marks} {IMAGE} marks in 'conversations' but {len(names)} names in 'image'; "
+            "each image needs its mark"
+        )
+    for turn in turns:
+        # JSON may hold half a surrogate pair, which no tokenizer takes; the error names the place.
+        (turn.text or "").encode()
+
+
+def _has_messages(record: Any) -> bool:
+    if not isinstance(record, dict) or record.get("conversations") is not None:
+        return False
+    return isinstance(record.get("messages"), list)
+
+
+def _from_messages(record: dict[str, Any]) -> dict[str, Any]:
+    turns = [
+        {"from": turn.get("role"), "value": turn.get("content")} if isinstance(turn, dict) else turn
+        for turn in record["messages"]
+    ]
+    return {key: value for key, value in record.items() if key != "messages"} | {
+        "conversations": turns
+    }
+
+
+def _to_json(record: Any) -> str:
+    # Parquet may hold what JSON has no word for, such as an image's bytes: name its type, so that
+    # the check can say what was found.
+    return json.dumps(record, default=lambda value: f"<{type(value).__name__}>")
+
+
+def _iter_source(path: Path) -> Iterator[tuple[Any, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file")
+    with path.open("rb") as handle:
+        start = handle.read(4)
+        handle.seek(0)
+        yield from _iter_parquet(path) if start == b"PAR1" else _iter_json(handle, path)
+
+
+def _iter_parquet(path: Path) -> Iterator[tuple[Any, str]]:
+    # Here, since most users never need it and it is slow to import.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=_PARQUET_ROWS):
+            for record in batch.to_pylist():
+                yield record, _to_json(record)
+    except (pa.ArrowException, OSError) as error:
+        raise RecordError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _iter_json(
+    handle: BinaryIO, path: Path, chunk: int = _CHUNK_BYTES
+) -> Iterator[tuple[Any, str]]:
+    window = _Window(handle, chunk)
+    number = 0
+    values = _iter_values(window)
+    while True:
+        try:
+            item = next(values, None)
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
+            raise RecordError(f"{path}: record {number}, {window.place(error)}") from error
+        if item is None:
+            return
+        yield item
+        number += 1
+
+
+def _iter_values(window: "_Window") -> Iterator[tuple[Any, str]]:
+    """The elements of an array, or values one after another, as in JSON lines."""
+    opening = window.peek()
+    if opening not in ("[", "{", ""):
+        raise json.JSONDecodeError(
+            "expected a JSON array, JSON lines or Parquet", window.text, window.at
+        )
+    if opening != "[":
+        while window.peek():
+            yield window.value()
+        return
+    window.at += 1
+    mark = window.peek()
+    while mark != "]":
+        yield window.value()
+        mark = window.peek()
+        if mark not in (",", "]"):
+            raise json.JSONDecodeError("expected ',' or ']'", window.text, window.at)
+        window.at += mark == ","
+    window.at += 1
+    if window.peek():
+        raise json.JSONDecodeError("text after the closing ']'", window.text, window.at)
+
+
+class _Window:
+    """A stretch of a UTF-8 file that slides over it as values are read.
+
+    Attributes:
+        text: the stretch that is held.
+        at: where reading stands in it.
+    """
+
+    def __init__(self, handle: BinaryIO, chunk: int) -> None:
+        self.text, self.at = "", 0
+        self._handle, self._chunk = handle, chunk
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._json = json.JSONDecoder()
+        self._ended = False
+        self._characters, self._lines = 0, 1  # what lies before the window
+
+    def peek(self) -> str:
+        """The next character that is no white space; "" at the end of the file."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+                self.at += 1
+            if self.at < len(self.text) or self._ended:
+                return self.text[self.at : self.at + 1]
+            self._grow()
+
+    def value(self) -> tuple[Any, str]:
+        """Reads one JSON value; also returns its text."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._json.raw_decode(self.text, self.at)
+                # A number that the window cuts looks whole.
+                if end < len(self.text) or self._ended:
+                    break
+            except json.JSONDecodeError as error:
+                if self._ended or not self._may_be_cut(error):
+                    raise
+            self._grow()
+        text = self.text[self.at : end]
+        self.at = end
+        return value, text
+
+    def place(self, error: Exception) -> str:
+        """Says where in the file an error lies, and what it is."""
+        at = error.pos if isinstance(error, json.JSONDecodeError) else self.at
+        line = self._lines + self.text.count("\n", 0, at)
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        near = self.text[max(at - 20, 0) : at + 20]
+        return (
+            f"line {line}, character {self._characters + at}: "
+            f"not valid JSON in UTF-8: {reason}, near {near!r}"
+        )
+
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+        # An error far from the window's end is one of the file: no need to read the rest of it.
+        # 16 is more than the longest literal or escape.
+        return error.msg.startswith("Unterminated") or len(self.text.rstrip()) - error.pos < 16
+
+    def _grow(self) -> None:
+        self._lines += self.text.count("\n", 0, self.at)
+        self._characters += self.at
+        kept = self.text[self.at :]
+        # At least doubling what is kept, so that one huge record takes linear time.
+        data = self._handle.read(max(self._chunk, len(kept)))
+        self._ended = not data
+        self.text, self.at = kept + self._decoder.decode(data, final=self._ended), 0

@@ -1,0 +1,207 @@
+"""ViT-LoRA, LLM-LoRA and the projector as one PEFT adapter: what trains, and reading it back."""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import nn
+
+from sqllava.model.model import SQLlavaForConditionalGeneration
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PROJECTOR = "multi_modal_projector"
+
+# Full module paths: a bare suffix such as "q_proj" would hit the tower and the language model both.
+VISION_TARGETS = (
+    r"model\.vision_tower\.(.*\.)?layers\.\d+\.(self_attn|mlp)\."
+    r"(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+)
+LANGUAGE_TARGETS = (
+    r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\."
+    r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
+# PEFT's own word for a configuration without LoRA modules.
+NO_TARGETS = "dummy-target-modules"
+
+PARTS = ("language model", "projector", "vision tower")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Rank, alpha and dropout of one part's LoRA."""
+
+    rank: int
+    alpha: int
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a stage trains.
+
+    Attributes:
+        projector: train the whole projector.
+        vision_lora: LoRA on the vision tower, or None.
+        language_lora: LoRA on the language model, or None.
+        full_language: train all of the language model itself (then no LoRA).
+        lora_bias: PEFT's bias choice: none, all or lora_only.
+    """
+
+    projector: bool = True
+    vision_lora: Lora | None = None
+    language_lora: Lora | None = None
+    full_language: bool = False
+    lora_bias: str = "none"
+
+
+def part_of(parameter_name: str) -> str:
+    """Which of PARTS a parameter belongs to, by its name."""
+    if f"{PROJECTOR}." in parameter_name:
+        return "projector"
+    return "vision tower" if "vision_tower." in parameter_name else "language model"
+
+
+def prepare_training(
+    model: SQLlavaForConditionalGeneration, training: Training
+) -> SQLlavaForConditionalGeneration | PeftModel:
+    """Marks what trains, the only place that does so, and adds the adapter where there is one.
+
+    Returns:
+        A PeftModel, or for full finetuning the model itself.
+    """
+    model.requires_grad_(False)
+    if training.full_language:
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+        _train_projector(model.model.multi_modal_projector, training.projector)
+        return model
+    peft_model = get_peft_model(model, _lora_config(training), autocast_adapter_dtype=False)
+    for name, module in peft_model.named_modules():
+        if isinstance(module, LoraLayer):
+            lora = training.vision_lora if "vision_tower." in name else training.language_lora
+            assert lora is not None
+            module.lora_dropout["default"] = nn.Dropout(lora.dropout)
+        elif training.projector and name.endswith(f"{PROJECTOR}.modules_to_save.default"):
+            _train_projector(module, True)
+    return peft_model
+
+
+def _lora_config(training: Training) -> LoraConfig:
+    loras = {VISION_TARGETS: training.vision_lora, LANGUAGE_TARGETS: training.language_lora}
+    active = {targets: lora for targets, lora in loras.items() if lora}
+    return LoraConfig(
+        target_modules="|".join(f"({targets})" for targets in active) or NO_TARGETS,
+        rank_pattern={targets: lora.rank for targets, lora in active.items()},
+        alpha_pattern={targets: lora.alpha for targets, lora in active.items()},
+        modules_to_save=[PROJECTOR] if training.projector else None,
+        bias=training.lora_bias,  # type: ignore[arg-type]
+    )
+
+
+def _train_projector(projector: nn.Module, trains: bool) -> None:
+    for name, parameter in projector.named_parameters():
+        # Every published checkpoint holds ln_1, and no forward reads it.
+        parameter.requires_grad_(trains and not name.startswith("ln_1."))
+
+
+def adapter_state(peft_model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """The adapter's tensors by their names in the file, gathered from all ranks.
+
+    Every rank must call it, as ZeRO-3 gathers tensor by tensor; only the first gets the result.
+    """
+    state = {}
+    for name, parameter in peft_model.named_parameters():
+        if _in_adapter(name):
+            with gathered([parameter]):
+                if is_first_rank():
+                    state[file_key(name)] = parameter.detach().cpu().clone().contiguous()
+    return state if is_first_rank() else None
+
+
+def _in_adapter(name: str) -> bool:
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def file_key(parameter_name: str) -> str:
+    """An adapter parameter's name without PEFT's adapter name, as PEFT writes it to files."""
+    name = parameter_name.replace(".modules_to_save.default.", ".")
+    return re.sub(r"\.(lora_[A-Za-z_]+)\.default\.", r".\1.", name)
+
+
+def load_adapter_state(
+    peft_model: PeftModel, state: Mapping[str, torch.Tensor], parts: Iterable[str], source: str
+) -> None:
+    """Copies adapter tensors into a model that trains (or extends) them.
+
+    Args:
+        state: tensors by their names in an adapter file.
+        parts: the parts (of PARTS) that must be covered completely; tensors of a part outside
+            these must not be there.
+        source: where the tensors come from, for errors.
+
+    Raises:
+        ValueError: tensors are missing, left over, or of another shape (as with another rank).
+    """
+    wanted = {
+        file_key(name): parameter
+        for name, parameter in peft_model.named_parameters()
+        if _in_adapter(name) and part_of(name) in parts
+    }
+    faults = [f"missing: {key}" for key in sorted(wanted.keys() - state.keys())]
+    faults += [f"unexpected: {key}" for key in sorted(state.keys() - wanted.keys())]
+    for key in sorted(wanted.keys() & state.keys()):
+        shape = tuple(getattr(wanted[key], "ds_shape", wanted[key].shape))
+        if shape != tuple(state[key].shape):
+            faults.append(f"{key}: {tuple(state[key].shape)} in the file, {shape} in the model")
+    if faults:
+        shown = "\n  ".join(faults[:10]) + ("\n  ..." if len(faults) > 10 else "")
+        raise ValueError(f"{source} does not fit this model ({len(faults)} faults):\n  {shown}")
+    copy_tensors({parameter: state[key] for key, parameter in wanted.items()})
+
+
+def copy_tensors(values: Mapping[nn.Parameter, torch.Tensor]) -> None:
+    """Copies values into parameters, which ZeRO-3 may have partitioned."""
+    for parameter, value in values.items():
+        with gathered([parameter], write=True), torch.no_grad():
+            if parameter.shape == value.shape:
+                parameter.copy_(value)
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[nn.Parameter], write: bool = False) -> Iterator[None]:
+    """Makes parameters whole while the block runs, if ZeRO-3 holds them in pieces."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
+        yield
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or the only one."""
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not initialized or torch.distributed.get_rank() == 0
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """Reads the tensors of one of our adapter directories."""
+    return load_file(folder / ADAPTER_WEIGHTS)
+
+
+def trained_parts(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """For each part: how many parameters it has and how many train."""
+    table = {part: {"parameters": 0, "trained": 0} for part in PARTS}
+    for name, parameter in model.named_parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        table[part_of(name)]["parameters"] += count
+        table[part_of(name)]["trained"] += count if parameter.requires_grad else 0
+    return table

@@ -1,0 +1,251 @@
+"""The model: transformers' Llava with our projector, and a loss only where there are labels.
+
+    pixel_values -> vision tower -> projector -> spliced in at `<image>` -> language model -> loss
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoModel,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaPreTrainedModel,
+    initialization as init,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModelOutputWithPast,
+)
+
+from sqllava.encoding import IGNORE_INDEX
+from sqllava.model.config import SQLlavaConfig
+from sqllava.model.projector import PrototypeExtractor, build_projector
+
+
+class SQLlavaPreTrainedModel(LlavaPreTrainedModel):
+    """What the two classes below share with transformers."""
+
+    config_class = SQLlavaConfig
+    config: SQLlavaConfig
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PrototypeExtractor):
+            # Bare parameters, which transformers would leave as they are.
+            init.ones_(module.sim_alpha)
+            init.zeros_(module.sim_beta)
+
+
+class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
+    """Vision tower, projector and language model, without the head.
+
+    Args:
+        vision_tower: a tower that is loaded already; built from the config if None.
+        language_model: a text model that is loaded already; built from the config if None.
+    """
+
+    def __init__(
+        self,
+        config: SQLlavaConfig,
+        vision_tower: nn.Module | None = None,
+        language_model: nn.Module | None = None,
+    ) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        if vision_tower is None:
+            vision_tower = AutoModel.from_config(config.vision_config)
+        if language_model is None:
+            language_model = AutoModel.from_config(config.text_config)
+        self.vision_tower = vision_tower
+        self.multi_modal_projector = build_projector(
+            config.projector_type,
+            config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+            **(config.projector_options or {}),
+        )
+        self.language_model = language_model
+        self.post_init()
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encodes images.
+
+        Args:
+            pixel_values: [I, 3, H, W].
+
+        Returns:
+            The tower's output; its `pooler_output` is a list of I tensors [image tokens, d_text].
+        """
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        outputs = self.vision_tower(pixel_values, return_dict=True)
+        # The tower ends at the layer that is read (`cut_vision_config`).
+        features = outputs.last_hidden_state  # [I, 1 + patches, d_vision]
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]  # [I, patches, d_vision]
+        outputs.pooler_output = list(self.multi_modal_projector(features))
+        return outputs
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        blank_image: bool = False,
+        **kwargs: Any,
+    ) -> LlavaModelOutputWithPast:
+        """Runs the model up to the last hidden state.
+
+        Args:
+            input_ids: [B, S], with `config.image_token_id` at the places of image features.
+            pixel_values: [I, 3, H, W], the batch's images in order of appearance.
+            mm_encoder_outputs: {"image": result of `get_image_features`}, in place of pixels.
+            blank_image: without images, still run one blank image through the tower and the
+                projector with weight zero, so that all ranks run the same modules (ZeRO-3, DDP).
+
+        Raises:
+            ValueError: images and placeholders do not match in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("pass either pixel_values or mm_encoder_outputs")
+
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values)
+        image_features = None
+        if inputs_embeds is None:
+            at_image = input_ids == self.config.image_token_id  # [B, S]
+            # The placeholder's id may lie past the vocabulary: it has no embedding of its own.
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(at_image, 0))
+            if image_outputs is not None:
+                image_features = torch.cat(list(image_outputs.pooler_output))  # [I * tokens, d]
+                inputs_embeds = _splice(inputs_embeds, at_image, image_features)
+        if blank_image and image_outputs is None:
+            inputs_embeds = inputs_embeds + 0.0 * self._blank_features().sum()
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return LlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    def _blank_features(self) -> torch.Tensor:
+        size = self.config.vision_config.image_size
+        embedding = self.get_input_embeddings().weight
+        blank = torch.zeros(1, 3, size, size, device=embedding.device)
+        return torch.cat(list(self.get_image_features(blank).pooler_output))
+
+
+def _splice(
+    inputs_embeds: torch.Tensor, at_image: torch.Tensor, image_features: torch.Tensor
+) -> torch.Tensor:
+    """Puts image features [I * tokens, d] at the placeholders of inputs_embeds [B, S, d]."""
+    placeholders = int(at_image.sum())
+    if placeholders != len(image_features):
+        raise ValueError(
+            f"the text has {placeholders} image placeholders, "
+            f"the images have {len(image_features)} features"
+        )
+    image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+    return inputs_embeds.masked_scatter(at_image.unsqueeze(-1), image_features)
+
+
+class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditionalGeneration):
+    """SQ-LLaVA with its language-model head. See `SQLlavaModel` for the arguments."""
+
+    def __init__(
+        self,
+        config: SQLlavaConfig,
+        vision_tower: nn.Module | None = None,
+        language_model: nn.Module | None = None,
+        lm_head: nn.Module | None = None,
+    ) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = SQLlavaModel(config, vision_tower, language_model)
+        if lm_head is None:
+            text = config.text_config
+            lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = lm_head
+        self.post_init()
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> LlavaCausalLMOutputWithPast:
+        """Runs the model; see `SQLlavaModel.forward`.
+
+        With `labels` [B, S] (-100 where nothing is to be learned) the head runs over the labelled
+        positions only, and `logits` are None: image positions and questions never reach the
+        vocabulary. Without labels, `logits` are [B, S or logits_to_keep, V].
+
+        Args:
+            num_items_in_batch: labelled tokens of the whole optimiser step; the loss is the sum
+                over this batch divided by it, so that every token weighs the same however the
+                step is cut into micro-batches. None divides by this batch's own.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            blank_image=labels is not None,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state  # [B, S, d]
+        loss = logits = None
+        if labels is not None:
+            loss = self._loss(hidden, labels, num_items_in_batch)
+        else:
+            last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, last])  # [B, kept, V]
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        targets = labels[:, 1:]  # [B, S - 1]: position i predicts token i + 1
+        labelled = targets != IGNORE_INDEX
+        targets = targets[labelled]  # [T]
+        logits = self.lm_head(hidden[:, :-1][labelled])  # [T, V]
+        total = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+        return total / (items if items is not None else max(len(targets), 1))
+

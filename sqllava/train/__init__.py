@@ -1,0 +1,1 @@
+"""Training: `python -m sqllava.train`, or `deepspeed --module sqllava.train`."""

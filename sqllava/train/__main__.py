@@ -1,0 +1,5 @@
+"""`python -m sqllava.train --help`."""
+
+from sqllava.train.run import main
+
+main()

@@ -1,0 +1,333 @@
+"""The flags of training, and the one place where they are checked together."""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from sqllava.conversation import TEMPLATES
+from sqllava.model.adapters import Lora, Training
+from sqllava.model.processor import ASPECT_RATIOS
+from sqllava.model.projector import build_projector
+
+logger = logging.getLogger(__name__)
+
+# The published names of what transformers calls otherwise.
+SELECT_FEATURES = {"patch": "default", "cls_patch": "full"}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which of its parts train."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Language model (Vicuna), or a whole model of ours: folder or id."}
+    )
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "Vision tower (CLIP ViT-L/14-336): folder or id."}
+    )
+    version: str = field(
+        default="v1_sq", metadata={"help": f"Conversation template: {', '.join(TEMPLATES)}."}
+    )
+    mm_projector_type: str = field(
+        default="cluster",
+        metadata={"help": "cluster, cluster_soft, linear, mlp{n}x_gelu or identity."},
+    )
+    num_latents: int = field(
+        default=256, metadata={"help": "Centres of the cluster projector's prototype extractor."}
+    )
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stage 1's result: its folder, or its mm_projector.bin. The projector and the "
+            "ViT-LoRA both start from it."
+        },
+    )
+    tune_mm_mlp_adapter: bool = field(
+        default=False,
+        metadata={"help": "Stage 1: train the projector (and ViT-LoRA), not the language model."},
+    )
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Keep the language model frozen."}
+    )
+    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Freeze the projector."})
+    mm_vision_select_layer: int = field(
+        default=-2, metadata={"help": "Hidden state of the tower that is read."}
+    )
+    mm_vision_select_feature: str = field(
+        default="patch", metadata={"help": "patch, or cls_patch to keep the class token."}
+    )
+    mm_use_im_start_end: bool = field(
+        default=False, metadata={"help": "Not supported: no SQ-LLaVA model was trained with it."}
+    )
+    mm_use_im_patch_token: bool = field(
+        default=False, metadata={"help": "Accepted for old scripts; has no effect."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "sdpa, flash_attention_2 or eager. By default FlashAttention 2 where the GPU, "
+            "the dtype and an installed flash-attn allow it, else sdpa."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which data, and what to do with records that cannot be used."""
+
+    data_path: str = field(metadata={"help": "Records: LLaVA JSON, JSONL or Parquet."})
+    image_folder: str | None = field(default=None, metadata={"help": "Where image names start."})
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Records for a validation loss."}
+    )
+    image_aspect_ratio: str = field(
+        default="pad", metadata={"help": "pad to a square with the mean colour, or crop."}
+    )
+    sq_r: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of later human turns that the model learns to ask; for v1_sq, where it "
+            "is 0.3 by default (the recipe has 0.5)."
+        },
+    )
+    bad_samples: Literal["fail", "skip", "replace"] = field(
+        default="fail",
+        metadata={
+            "help": "A missing or corrupt image, a malformed record: fail, skip it (it weighs "
+            "nothing), or replace it by another record. Skips are counted and listed."
+        },
+    )
+    max_bad_samples: int = field(
+        default=1000, metadata={"help": "Stop when more than this many were skipped or replaced."}
+    )
+    lazy_preprocess: bool = field(
+        default=True, metadata={"help": "Accepted for old scripts; records are always lazy."}
+    )
+    data_aug: bool = field(
+        default=False, metadata={"help": "Accepted for old scripts; has no effect."}
+    )
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """transformers' training arguments, and those of SQ-LLaVA."""
+
+    model_max_length: int = field(
+        default=2048, metadata={"help": "Longest sequence, image tokens included."}
+    )
+    lora_enable: bool = field(default=False, metadata={"help": "LoRA on the language model."})
+    lora_r: int = field(default=128, metadata={"help": "Rank of LLM-LoRA."})
+    lora_alpha: int = field(default=256, metadata={"help": "Alpha of LLM-LoRA."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LLM-LoRA."})
+    lora_bias: str = field(default="none", metadata={"help": "none, all or lora_only."})
+    vit_lora_enable: bool = field(default=False, metadata={"help": "LoRA on the vision tower."})
+    lora_r_vit: int = field(default=64, metadata={"help": "Rank of ViT-LoRA."})
+    lora_alpha_vit: int = field(default=128, metadata={"help": "Alpha of ViT-LoRA."})
+    lora_dropout_vit: float = field(default=0.2, metadata={"help": "Dropout of ViT-LoRA."})
+    mm_projector_lr: float | None = field(
+        default=None, metadata={"help": "Projector's learning rate (default: --learning_rate)."}
+    )
+    vision_tower_lr: float | None = field(
+        default=None, metadata={"help": "ViT-LoRA's learning rate (default: --learning_rate)."}
+    )
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "Batches of one modality and of like lengths."}
+    )
+    group_by_length: bool = field(default=False, metadata={"help": "Batches of like lengths."})
+    bits: int = field(default=16, metadata={"help": "16, or 8 or 4 to quantise the language model."})
+    warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the steps that warm up (or --warmup_steps)."}
+    )
+    evaluation_strategy: str | None = field(
+        default=None, metadata={"help": "Older name of --eval_strategy."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew instead of resuming from --output_dir."}
+    )
+    # An opt-in: a batch job must never stop at a login prompt.
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "tensorboard, wandb, ...; none by default."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Always false."})
+    dataloader_num_workers: int = field(default=4, metadata={"help": "Workers per rank."})
+
+    def __post_init__(self) -> None:
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        if self.warmup_ratio and not self.warmup_steps:
+            self.warmup_steps = self.warmup_ratio  # below 1, transformers takes it as a share
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All flags of one run."""
+
+    model: ModelArguments
+    data: DataArguments
+    train: TrainArguments
+
+    @property
+    def sq_r(self) -> float:
+        """The self-questioning ratio, with its default."""
+        if self.data.sq_r is not None:
+            return self.data.sq_r
+        return 0.3 if TEMPLATES[self.model.version].self_questions else 0.0
+
+    @property
+    def training(self) -> Training:
+        """What this run trains."""
+        model, train = self.model, self.train
+        frozen_language = model.tune_mm_mlp_adapter or model.freeze_backbone
+        lora = train.lora_enable and not frozen_language
+        return Training(
+            projector=not model.freeze_mm_mlp_adapter,
+            vision_lora=Lora(train.lora_r_vit, train.lora_alpha_vit, train.lora_dropout_vit)
+            if train.vit_lora_enable
+            else None,
+            language_lora=Lora(train.lora_r, train.lora_alpha, train.lora_dropout)
+            if lora
+            else None,
+            full_language=not frozen_language and not train.lora_enable,
+            lora_bias=train.lora_bias,
+        )
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Parses the flags and checks them together.
+
+    Raises:
+        ValueError: every fault that was found, in one message.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainArguments),  # type: ignore[arg-type]
+        prog="python -m sqllava.train",
+        description="Trains SQ-LLaVA: stage 1 (alignment) or stage 2 (self-questioning).",
+    )
+    parsed = parser.parse_args_into_dataclasses(list(argv if argv is not None else sys.argv[1:]))
+    arguments = Arguments(*cast(tuple[ModelArguments, DataArguments, TrainArguments], parsed))
+    faults = find_faults(arguments)
+    if faults:
+        raise ValueError("these flags cannot go together:\n" + "\n".join(f"  - {f}" for f in faults))
+    return arguments
+
+
+def find_faults(arguments: Arguments) -> list[str]:
+    """Everything that is wrong with the flags, each fault with what would be right."""
+    return [
+        *_model_faults(arguments),
+        *_data_faults(arguments),
+        *_training_faults(arguments),
+    ]
+
+
+def _model_faults(arguments: Arguments) -> list[str]:
+    model, training = arguments.model, arguments.training
+    faults = []
+    if model.version not in TEMPLATES:
+        faults.append(f"--version {model.version!r} is unknown; choose from {list(TEMPLATES)}")
+    try:
+        with torch.device("meta"):
+            build_projector(model.mm_projector_type, 8, 8)
+    except ValueError as error:
+        faults.append(f"--mm_projector_type: {error}")
+    if model.mm_vision_select_feature not in SELECT_FEATURES:
+        faults.append(
+            f"--mm_vision_select_feature {model.mm_vision_select_feature!r} is unknown; "
+            f"choose from {list(SELECT_FEATURES)}"
+        )
+    if model.mm_use_im_start_end:
+        faults.append("--mm_use_im_start_end True is not supported; leave it False")
+    if model.num_latents < 1:
+        faults.append(f"--num_latents {model.num_latents} must be at least 1")
+    nothing = not (training.projector or training.vision_lora or training.language_lora)
+    if nothing and not training.full_language:
+        faults.append("nothing trains: the projector is frozen and no LoRA is enabled")
+    if model.tune_mm_mlp_adapter and model.freeze_mm_mlp_adapter:
+        faults.append("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter exclude each other")
+    if training.full_language and training.vision_lora:
+        faults.append(
+            "--vit_lora_enable with full finetuning of the language model: add --lora_enable True, "
+            "or --tune_mm_mlp_adapter True for stage 1"
+        )
+    return faults
+
+
+def _data_faults(arguments: Arguments) -> list[str]:
+    data, model = arguments.data, arguments.model
+    faults = []
+    if data.image_aspect_ratio not in ASPECT_RATIOS:
+        faults.append(
+            f"--image_aspect_ratio {data.image_aspect_ratio!r} is unknown; choose from "
+            f"{list(ASPECT_RATIOS)}"
+        )
+    if data.sq_r is not None and not 0.0 <= data.sq_r <= 1.0:
+        faults.append(f"--sq_r {data.sq_r} must be between 0 and 1")
+    template = TEMPLATES.get(model.version)
+    if template and not template.self_questions and data.sq_r:
+        faults.append(f"--sq_r has no effect with --version {model.version}; use v1_sq")
+    for flag, path in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path)):
+        if path and not Path(path).is_file():
+            faults.append(f"--{flag} {path}: no such file (see download_data.sh and docs/data.md)")
+    if data.image_folder and not Path(data.image_folder).is_dir():
+        faults.append(f"--image_folder {data.image_folder}: no such folder")
+    return faults
+
+
+def _training_faults(arguments: Arguments) -> list[str]:
+    train, training = arguments.train, arguments.training
+    faults = []
+    if train.vision_tower_lr is not None and not training.vision_lora:
+        faults.append("--vision_tower_lr needs --vit_lora_enable True: the tower does not train")
+    if train.mm_projector_lr is not None and not training.projector:
+        faults.append("--mm_projector_lr with a frozen projector")
+    if train.lora_enable and arguments.model.tune_mm_mlp_adapter:
+        faults.append("--lora_enable with --tune_mm_mlp_adapter: stage 1 freezes the language model")
+    for flag in ("lora_r", "lora_alpha", "lora_r_vit", "lora_alpha_vit", "model_max_length"):
+        if getattr(train, flag) < 1:
+            faults.append(f"--{flag} {getattr(train, flag)} must be at least 1")
+    for flag in ("lora_dropout", "lora_dropout_vit"):
+        if not 0.0 <= getattr(train, flag) < 1.0:
+            faults.append(f"--{flag} {getattr(train, flag)} must be at least 0 and below 1")
+    if train.lora_bias not in ("none", "all", "lora_only"):
+        faults.append(f"--lora_bias {train.lora_bias!r} is unknown; choose none, all or lora_only")
+    if train.bits not in (4, 8, 16):
+        faults.append(f"--bits {train.bits} must be 16, 8 or 4")
+    elif train.bits < 16 and not training.language_lora:
+        faults.append(f"--bits {train.bits} needs --lora_enable True")
+    elif train.bits < 16 and zero_stage(train) == 3:
+        faults.append(f"--bits {train.bits} cannot be partitioned by ZeRO-3; use zero2.json")
+    if train.fp16 and not train.deepspeed:
+        faults.append("--fp16 needs --deepspeed with loss scaling; prefer --bf16 True")
+    if train.eval_strategy != "no" and not arguments.data.eval_data_path:
+        faults.append(f"--eval_strategy {train.eval_strategy} needs --eval_data_path")
+    return faults
+
+
+def zero_stage(train: TrainingArguments) -> int:
+    """The ZeRO stage of the DeepSpeed configuration; 0 without one."""
+    if not train.deepspeed:
+        return 0
+    config = train.deepspeed
+    if not isinstance(config, dict):
+        config = json.loads(Path(config).read_text())
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def report_meaningless(arguments: Arguments) -> None:
+    """Says once which given flags no longer have a meaning."""
+    if not arguments.data.lazy_preprocess:
+        logger.warning("--lazy_preprocess False has no effect: records are always read lazily")
+    if arguments.data.data_aug:
+        logger.warning("--data_aug True has no effect: the recipe has no augmentation")
+    if arguments.model.mm_use_im_patch_token:
+        logger.warning("--mm_use_im_patch_token True has no effect: no patch token is needed")

@@ -1,0 +1,251 @@
+"""The training entry: flags -> model, data, trainer -> adapter directory, in ten named steps."""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from transformers import enable_full_determinism, set_seed
+from transformers.utils import is_flash_attn_2_available
+
+from sqllava.data.collate import Collator
+from sqllava.data.dataset import InstructionDataset
+from sqllava.data.index import open_index
+from sqllava.model.adapters import is_first_rank, load_adapter_state, prepare_training
+from sqllava.model.checkpoint import assemble
+from sqllava.model.model import SQLlavaForConditionalGeneration
+from sqllava.model.processor import SQLlavaProcessor
+from sqllava.model.stage1 import read_stage1
+from sqllava.train.arguments import (
+    SELECT_FEATURES,
+    Arguments,
+    parse_arguments,
+    report_meaningless,
+    zero_stage,
+)
+from sqllava.train.audit import GradientAudit
+from sqllava.train.optim import learning_rates
+from sqllava.train.trainer import (
+    SQLlavaTrainer,
+    last_complete_checkpoint,
+    remove_unfinished_checkpoints,
+)
+
+logger = logging.getLogger("sqllava")
+
+RUN_FILE = "sqllava_run.json"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one stage of training; see `python -m sqllava.train --help`."""
+    try:
+        arguments = parse_arguments(argv)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    set_up(arguments)
+    model, processor = build_model(arguments)
+    dataset = build_dataset(arguments, arguments.data.data_path, processor)
+    trained = prepare_training(model, arguments.training)
+    start_from_stage1(arguments, trained)
+    audit = GradientAudit(trained, learning_rates(arguments.train))
+    logger.info("what trains:\n%s", audit.table())
+    trainer = build_trainer(arguments, trained, processor, dataset, audit)
+    trainer.train(resume_from_checkpoint=find_checkpoint(arguments))
+    save_result(arguments, trainer)
+
+
+def set_up(arguments: Arguments) -> None:
+    """Logging, seeds, and the process group, which must stand before the model is built: under
+    ZeRO-3 its weights are partitioned as they are loaded."""
+    set_up_logging()
+    report_meaningless(arguments)
+    train = arguments.train
+    if train.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed()
+    if train.full_determinism:
+        enable_full_determinism(train.seed)
+    else:
+        set_seed(train.seed)
+    output_dir = Path(cast(str, train.output_dir))
+    if is_first_rank():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if train.overwrite_output_dir:
+            for checkpoint in output_dir.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        remove_unfinished_checkpoints(output_dir)
+        write_run_file(arguments, output_dir)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def set_up_logging() -> None:
+    """One line a message on stderr, from the first rank only (warnings from all)."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        level=logging.WARNING,
+    )
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def build_model(
+    arguments: Arguments,
+) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor]:
+    """The model in the precision of the run, and its processor."""
+    flags, train = arguments.model, arguments.train
+    options = {"centres": flags.num_latents} if flags.mm_projector_type.startswith("cluster") else {}
+    dtype = _dtype(arguments)
+    model, processor = assemble(
+        flags.model_name_or_path,
+        flags.vision_tower,
+        dtype=dtype,
+        attn_implementation=flags.attn_implementation or _attention(dtype),
+        quantization_config=_quantization(train.bits, dtype),
+        select_layer=flags.mm_vision_select_layer,
+        projector_type=flags.mm_projector_type,
+        projector_options=options,
+        image_aspect_ratio=arguments.data.image_aspect_ratio,
+        conversation_template=flags.version,
+        vision_feature_select_strategy=SELECT_FEATURES[flags.mm_vision_select_feature],
+    )
+    model.config.use_cache = False
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(train.gradient_checkpointing_kwargs)
+    return model, processor
+
+
+def _dtype(arguments: Arguments) -> torch.dtype:
+    """DeepSpeed keeps float32 masters of what trains, so weights may be half precision. Without it
+    the weights stay float32 and --bf16 computes under autocast."""
+    train = arguments.train
+    if not train.deepspeed:
+        return torch.float32
+    return torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else torch.float32
+
+
+def _attention(dtype: torch.dtype) -> str:
+    usable = is_flash_attn_2_available() and torch.cuda.is_available() and dtype != torch.float32
+    return "flash_attention_2" if usable else "sdpa"
+
+
+def _quantization(bits: int, dtype: torch.dtype) -> Any:
+    """bitsandbytes for the language model; tower and projector are loaded apart and stay whole."""
+    if bits == 16:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+    )
+
+
+def build_dataset(
+    arguments: Arguments, data_path: str, processor: SQLlavaProcessor
+) -> InstructionDataset:
+    """The records of a file as samples."""
+    return InstructionDataset(
+        open_index(data_path),
+        arguments.data.image_folder,
+        processor.tokenizer,
+        processor.prepare_image,
+        arguments.model.version,
+        processor.image_tokens,
+        arguments.train.model_max_length,
+        sq_r=arguments.sq_r,
+        seed=arguments.train.seed,
+        bad_samples=arguments.data.bad_samples,
+    )
+
+
+def start_from_stage1(
+    arguments: Arguments, trained: SQLlavaForConditionalGeneration | PeftModel
+) -> None:
+    """Gives the projector and the ViT-LoRA the weights of --pretrain_mm_mlp_adapter."""
+    path = arguments.model.pretrain_mm_mlp_adapter
+    if path is None:
+        return
+    layers = trained.config.vision_config.num_hidden_layers
+    state = read_stage1(Path(path), layers)
+    parts = ["projector"] + ["vision tower"] * (arguments.training.vision_lora is not None)
+    load_adapter_state(trained, state, parts, path)
+    logger.info("starting from %s: %s", path, " and ".join(parts))
+
+
+def build_trainer(
+    arguments: Arguments,
+    trained: SQLlavaForConditionalGeneration | PeftModel,
+    processor: SQLlavaProcessor,
+    dataset: InstructionDataset,
+    audit: GradientAudit,
+) -> SQLlavaTrainer:
+    """The trainer, with a validation set if there is one."""
+    held_out = arguments.data.eval_data_path
+    return SQLlavaTrainer(
+        model=trained,
+        args=arguments.train,
+        train_dataset=dataset,
+        eval_dataset=build_dataset(arguments, held_out, processor) if held_out else None,
+        data_collator=Collator(processor.tokenizer.pad_token_id),
+        processing_class=processor,
+        audit=audit,
+        max_bad_samples=arguments.data.max_bad_samples,
+    )
+
+
+def find_checkpoint(arguments: Arguments) -> str | None:
+    """Where to go on: --resume_from_checkpoint, or the last whole checkpoint of the output."""
+    given = arguments.train.resume_from_checkpoint
+    if given:
+        return given
+    checkpoint = last_complete_checkpoint(Path(cast(str, arguments.train.output_dir)))
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+    return str(checkpoint) if checkpoint else None
+
+
+def save_result(arguments: Arguments, trainer: SQLlavaTrainer) -> None:
+    """The final adapter directory, and the log of the run."""
+    trainer.save_state()
+    trainer.save_model()
+    logger.info("saved %s", arguments.train.output_dir)
+
+
+def write_run_file(arguments: Arguments, output_dir: Path) -> None:
+    """sqllava_run.json: everything that made this result."""
+    packages = ("sqllava", "torch", "transformers", "peft", "deepspeed", "accelerate")
+    run = {
+        "stage": 1 if arguments.model.tune_mm_mlp_adapter else 2,
+        "model": asdict(arguments.model),
+        "data": asdict(arguments.data),
+        "training": arguments.train.to_sanitized_dict(),
+        "zero_stage": zero_stage(arguments.train),
+        "packages": {name: _version(name) for name in packages} | {"python": platform.python_version()},
+    }
+    unfinished = output_dir / f"{RUN_FILE}.tmp"
+    unfinished.write_text(json.dumps(run, indent=1, default=str) + "\n")
+    unfinished.replace(output_dir / RUN_FILE)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

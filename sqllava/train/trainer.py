@@ -1,0 +1,186 @@
+"""transformers' Trainer with our sampler, learning rates, statistics and checkpoints."""
+
+import logging
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from sqllava.data.dataset import InstructionDataset
+from sqllava.data.sampler import GroupedSampler
+from sqllava.model.adapters import ADAPTER_WEIGHTS, adapter_state
+from sqllava.train.arguments import TrainArguments
+from sqllava.train.audit import GradientAudit
+from sqllava.train.optim import build_param_groups
+
+logger = logging.getLogger(__name__)
+
+# Written into a checkpoint when everything else in it is on disk; without it, it does not count.
+COMPLETE = "complete"
+_COUNTED = ("tokens", "padding", "supervised", "images", "dropped_turns")
+
+
+class TooManyBadSamplesError(RuntimeError):
+    """More records were skipped or replaced than --max_bad_samples allows."""
+
+
+class SQLlavaTrainer(Trainer):
+    """Trains SQ-LLaVA.
+
+    Args:
+        audit: the step-one audit.
+        max_bad_samples: skipped or replaced samples, over all ranks, at which the run stops.
+    """
+
+    args: TrainArguments
+    train_dataset: InstructionDataset
+
+    def __init__(self, *args: Any, audit: GradientAudit, max_bad_samples: int, **kwargs: Any):
+        super().__init__(*args, callbacks=[audit], **kwargs)
+        self.audit = audit
+        self.max_bad_samples = max_bad_samples
+        self.counts: Counter[str] = Counter()
+        self.bad_samples = 0
+        self._last_log = time.monotonic()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        args = self.args
+        micro = args.per_device_train_batch_size
+        return GroupedSampler(
+            self.train_dataset.lengths,
+            self.train_dataset.has_image,
+            micro,
+            micro * args.gradient_accumulation_steps * args.world_size,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            group_by_length=args.group_by_length or args.group_by_modality_length,
+            group_by_modality=args.group_by_modality_length,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or --optim) over `build_param_groups`."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = build_param_groups(model.named_parameters(), self.args)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss; takes the batch's statistics out on the way."""
+        stats = inputs.pop("sample_stats")
+        if model.training:
+            self.audit.images += stats["images"]
+            self.counts.update({name: stats[name] for name in _COUNTED})
+            for index, reason in stats["skipped"]:
+                self.counts["skipped"] += 1
+                logger.warning("record %d was not used: %s", index, reason)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what was counted since the last log line, over all ranks."""
+        if "loss" in logs:
+            logs |= self._statistics()
+        super().log(logs, start_time)
+        if self.bad_samples > self.max_bad_samples:
+            raise TooManyBadSamplesError(
+                f"{self.bad_samples} records could not be used (more than --max_bad_samples "
+                f"{self.max_bad_samples}); the warnings above name them"
+            )
+
+    def _statistics(self) -> dict[str, float]:
+        names = (*_COUNTED, "skipped")
+        counts = torch.tensor([float(self.counts[name]) for name in names], dtype=torch.float64)
+        if self.args.world_size > 1:
+            counts = counts.to(self.args.device)
+            dist.all_reduce(counts)
+        total = dict(zip(names, counts.tolist(), strict=True))
+        self.counts.clear()
+        self.bad_samples += int(total["skipped"])
+        tokens = max(total["tokens"], 1.0)
+        logs = {
+            "tokens_per_second": round(total["tokens"] / self._seconds_since_log(), 1),
+            "padding_share": round(total["padding"] / (tokens + total["padding"]), 4),
+            "supervised_share": round(total["supervised"] / tokens, 4),
+            "images": total["images"],
+        }
+        optional = {"dropped_turns": total["dropped_turns"], "bad_samples": self.bad_samples}
+        return logs | {name: value for name, value in optional.items() if value}
+
+    def _seconds_since_log(self) -> float:
+        now = time.monotonic()
+        seconds, self._last_log = now - self._last_log, now
+        return max(seconds, 1e-9)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves an adapter directory (or the whole model, where all of it trains)."""
+        if not isinstance(self.model, PeftModel):
+            super().save_model(output_dir, _internal_call)
+            return
+        state = adapter_state(self.model)
+        if self.args.should_save:
+            folder = Path(output_dir or cast(str, self.args.output_dir))
+            save_adapter(self.model, state or {}, folder)
+            cast(Any, self.processing_class).save_pretrained(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.world_size > 1:
+            dist.barrier()
+        if self.args.should_save:
+            folder = Path(cast(str, self.args.output_dir))
+            (folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / COMPLETE).touch()
+            # Only now may older ones go: a kill in between must find one that is whole.
+            rotate_checkpoints(
+                str(folder), limit, best_model_checkpoint=self.state.best_model_checkpoint
+            )
+
+
+def save_adapter(model: PeftModel, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes adapter_config.json, adapter_model.safetensors and the model's config.json."""
+    config = model.peft_config["default"]
+    before, config.inference_mode = config.inference_mode, True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    config.inference_mode = before
+    unfinished = folder / f"{ADAPTER_WEIGHTS}.tmp"
+    save_file(state, unfinished, metadata={"format": "pt"})
+    unfinished.replace(folder / ADAPTER_WEIGHTS)
+    model.get_base_model().config.save_pretrained(folder)
+
+
+def last_complete_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, if there is one."""
+    complete = [path.parent for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    return max(complete, key=_step, default=None)
+
+
+def remove_unfinished_checkpoints(output_dir: Path) -> None:
+    """Deletes checkpoints that a kill cut short."""
+    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if folder.is_dir() and not (folder / COMPLETE).exists():
+            logger.warning("removing %s: it was never finished", folder)
+            shutil.rmtree(folder)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
