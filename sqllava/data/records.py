@@ -218,8 +218,8 @@ class _Window:
         while True:
             try:
                 value, end = self._json.raw_decode(self.text, self.at)
-                # A number that the window cuts looks whole.
-                if end < len(self.text) or self._ended:
+                # A number that the window cuts looks whole: "1" of "1", "1." or "1e+".
+                if end + 2 < len(self.text) or self._ended:
                     break
             except json.JSONDecodeError as error:
                 if self._ended or not self._may_be_cut(error):

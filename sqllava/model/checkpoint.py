@@ -64,6 +64,7 @@ def assemble(
         quantization_config=quantization_config,
     )
     tower = _load_tower(vision_tower, select_layer, dtype, attn_implementation)
+    attention = text.config._attn_implementation
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     add_image_token(tokenizer)
     config = SQLlavaConfig(
@@ -81,6 +82,8 @@ def assemble(
         model = SQLlavaForConditionalGeneration(
             config, tower, text.get_decoder(), text.get_output_embeddings()
         )
+    # The configurations of the parts lose theirs when they become parts.
+    model.set_attn_implementation(attention)
     model.generation_config = _sane_generation_config(text, tokenizer)
     return model, build_processor(config, tokenizer, _image_settings(vision_tower))
 
@@ -95,6 +98,21 @@ def _projector_init(dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
+@contextlib.contextmanager
+def _quiet_loading() -> Any:
+    """Silences transformers' report of weights left out: here they are judged by name."""
+    reporter = logging.getLogger("transformers.modeling_utils")
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    reporter.addFilter(keeps)
+    try:
+        yield
+    finally:
+        reporter.removeFilter(keeps)
+
+
 def vision_config_of(path: str) -> PretrainedConfig:
     """The vision half of a folder's configuration."""
     config = AutoConfig.from_pretrained(path)
@@ -105,13 +123,14 @@ def _load_tower(
     path: str, select_layer: int, dtype: torch.dtype, attn_implementation: str | None
 ) -> Any:
     config = cut_vision_config(vision_config_of(path), select_layer)
-    tower, info = AutoModel.from_pretrained(
-        path,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-    )
+    with _quiet_loading():
+        tower, info = AutoModel.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
     missing = sorted(info["missing_keys"])
     strange = sorted(
         key for key in info["unexpected_keys"] if not _is_left_out(key, config.num_hidden_layers)
