@@ -6,6 +6,8 @@
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # One thread a process: the scripts run several processes side by side.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Bytecode is written on first import, not at installation: most of it is never imported.
+unset PYTHONDONTWRITEBYTECODE
 
 use_environment() {
     local extras=$1
@@ -24,7 +26,7 @@ use_environment() {
 install_packages() {
     echo "installing sqllava[$1] into $VIRTUAL_ENV (takes a few minutes the first time)" >&2
     # The constraints keep torch at the tested version. It comes first: the rest builds on it.
-    local pip=(python -m pip install --quiet --disable-pip-version-check
+    local pip=(python -m pip install --quiet --no-compile --disable-pip-version-check
         --constraint "$REPO/constraints.txt")
     "${pip[@]}" torch
     "${pip[@]}" --editable "$REPO[$1]"

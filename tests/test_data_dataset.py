@@ -223,10 +223,10 @@ def test_an_unknown_policy_is_refused(make):
 
 
 def test_lengths_and_modality(make):
-    dataset = make([record(0), record(1), record(2, exchanges=9)], max_length=100)
+    dataset = make([record(0), record(1), record(2, exchanges=9)], max_length=50)
     assert dataset.has_image.tolist() == [True, False, True]
     lengths = dataset.lengths
-    assert lengths.dtype == np.int32 and lengths[2] == 100 and lengths[0] > lengths[1]
+    assert lengths.dtype == np.int32 and lengths[2] == 50 and lengths[0] > lengths[1]
 
 
 def sample(length: int, images: int = 0, **changes) -> Sample:

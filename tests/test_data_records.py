@@ -29,6 +29,7 @@ JSON = st.recursive(
     max_leaves=20,
 )
 SPACE = st.text(" \t\r\n", max_size=40)
+CHUNK = st.integers(1, 300)
 
 
 def record(**changes) -> dict:
@@ -59,7 +60,7 @@ def spaced_json(draw, value):
     return draw(SPACE) + brackets[0] + inner + draw(SPACE) + brackets[1] + draw(SPACE)
 
 
-@given(st.data(), st.lists(JSON, max_size=5), st.integers(1, 300))
+@given(st.data(), st.lists(JSON, max_size=5), CHUNK)
 def test_an_array_reads_as_json_load_reads_it(data, values, chunk):
     text = data.draw(spaced_json(values))
     read = parse(text.encode(), chunk)
@@ -67,7 +68,7 @@ def test_an_array_reads_as_json_load_reads_it(data, values, chunk):
     assert [json.loads(part) for _, part in read] == json.loads(text)
 
 
-@given(st.lists(st.dictionaries(st.text(), JSON), max_size=5), st.booleans(), st.integers(1, 300))
+@given(st.lists(st.dictionaries(st.text(), JSON, max_size=2), max_size=3), st.booleans(), CHUNK)
 def test_lines_read_as_json_loads_reads_each(values, spread, chunk):
     lines = [json.dumps(value, indent=2 if spread else None) for value in values]
     read = parse("\n".join(lines).encode(), chunk)
@@ -105,7 +106,7 @@ def test_malformed_json_is_an_error(text, chunk):
 
 def test_an_error_says_where():
     text = '[\n{"a": 1},\n{"a": 2},\n{"a" 3}\n]'
-    with pytest.raises(RecordError, match=r"record 2, line 4, character 28: .*delimiter.*'a\" 3"):
+    with pytest.raises(RecordError, match=r"record 2, line 4, character 27: .*delimiter.*3}"):
         parse(text.encode(), chunk=5)
 
 

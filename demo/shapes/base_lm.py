@@ -54,7 +54,7 @@ class Phase:
 
 PHASES = (
     Phase("recall", {"recall": 1.0}, 0.98, 1500),
-    Phase("questions", {"recall": 0.2, "questions": 0.8}, 0.97, 3000),
+    Phase("questions", {"recall": 0.5, "questions": 0.5}, 0.97, 3000),
     Phase("roles", {"recall": 0.05, "questions": 0.25, "bare": 0.55, "caption": 0.15}, 0.97, 2000),
     Phase("templates", {"questions": 0.1, "bare": 0.25, "chat": 0.5, "caption": 0.15}, 2.0, 1500),
 )
@@ -104,8 +104,10 @@ class DocumentMaker:
     def recall(self) -> Document:
         """A scene, then "color circle red shape red circle ..." for all its things."""
         scene = world.sample_any_scene(self.rng)
-        asked = [(f"color {thing.shape}", thing.color, "color") for thing in scene.things]
-        asked += [(f"shape {thing.color}", thing.shape, "shape") for thing in scene.things]
+        asked = []
+        for thing in scene.things:
+            asked += [(f"color {thing.shape}", thing.color, "color"), (f"shape {thing.color}", thing.shape, "shape")]
+            asked += [(f"size {thing.shape}", thing.size, "size"), (f"Where {thing.shape}", thing.place, "place")]
         return self._dense(scene, self.rng.sample(asked, len(asked)))
 
     def questions(self) -> Document:

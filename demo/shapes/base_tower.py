@@ -30,10 +30,11 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 SELECT_LAYER = -2
 # Busier pictures than the system will see hold more lessons each.
 MOST_THINGS = 6
+GRAY = 0.3
+COLOR_WORD = 1  # The place of the color among a phrase's words.
 CELLS = world.GRID * world.GRID
-WORDS = (*world.COLORS, *world.SHAPES, *world.SIZES, *world.PLACES, "nothing")
+WORDS = (*world.COLORS, *world.SHAPES, *world.SIZES, *world.PLACES, "nothing", "colorless")
 _WORD = {word: number for number, word in enumerate(WORDS)}
-_WORDS_A_PHRASE = 4
 _POOL_SEED = 977
 
 
@@ -155,7 +156,7 @@ class Contrast(nn.Module):
 
 
 def train_tower(
-    *, pictures: int = 24000, steps: int = 6000, batch_size: int = 96, minutes: float = 30.0, seed: int = 0
+    *, pictures: int = 24000, steps: int = 6000, batch_size: int = 64, minutes: float = 30.0, seed: int = 0
 ) -> tuple[CLIPVisionModel, list[dict[str, Any]]]:
     """Trains the tower; returns it with its curve."""
     torch.manual_seed(seed)
@@ -166,8 +167,10 @@ def train_tower(
     for step in tqdm(range(1, steps + 1), desc="vision tower"):
         index = torch.randint(len(pool.pictures), (batch_size,))
         pixels, words = pool.pixels(index), pool.words[index]
-        # A brighter or darker picture is the same scene.
-        pixels = pixels * (1 + 0.1 * torch.randn(batch_size, 1, 1, 1))
+        # In gray, and with no color in its phrases, a picture teaches shapes whatever their color.
+        gray = torch.rand(batch_size) < GRAY
+        pixels[gray] = pixels[gray].mean(dim=1, keepdim=True).expand_as(pixels[gray])
+        words[gray, :, COLOR_WORD] = _WORD["colorless"]
         local, whole, accuracy = model(pixels, words)
         (local + 0.2 * whole).backward()
         # By steps or by time, whichever ends first: the rate reaches zero there.

@@ -6,6 +6,7 @@ The room that SQ-LLaVA changes in a Llava model: [B, L, vision_dim] -> [B, L, te
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -42,10 +43,14 @@ class _ClusterProjector(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Projects image features x [B, L, vision_dim] to [B, L, text_dim]."""
-        return self.mlp(x + self.prototypes(x))  # [B, L, text_dim]
+        return self.mlp(x + self.prototypes(x).to(x.dtype))  # [B, L, text_dim]
 
     def prototypes(self, x: torch.Tensor) -> torch.Tensor:
-        """What each token of x [B, L, D] gets from the prototypes: [B, L, D]."""
+        """What each token of x [B, L, D] gets from the prototypes: [B, L, D].
+
+        Between the linear layers all is float32: centres lie close together, and rounded to
+        bfloat16 they tie, so that every token would go to the first of them.
+        """
         raise NotImplementedError
 
 
@@ -83,38 +88,39 @@ class PrototypeExtractor(_ClusterProjector):
 
         The published code forms [B, N, L, D] tensors; these are the same sums as matrix products.
         """
-        feature = self.f(x)  # [B, L, D]
-        centres = self._moved(_pool(x, self.centres), self.v(x).float(), feature)  # [B, N, D]
-
-        cosine = _product(F.normalize(centres.float(), dim=-1), x) / _norm(x, dim=-1).mT  # [B, N, L]
-        share = torch.sigmoid(self.sim_beta + self.sim_alpha * cosine)
-        numbers = torch.arange(self.centres, device=x.device).view(-1, 1)  # [N, 1]
-        best = numbers == share.argmax(dim=1, keepdim=True)  # [B, N, L], one true in each column
-        share = (share * best).to(feature.dtype)
-
-        members = best.sum(dim=-1, keepdim=True)  # [B, N, 1]
-        prototypes = (share @ feature + _pool(feature, self.centres)) / (members + 1)  # [B, N, D]
-        return share.mT @ prototypes  # [B, L, D]
+        value, feature = _wide(self.v(x)), _wide(self.f(x))  # [B, L, D]
+        with _no_autocast(x):
+            x = _wide(x)
+            centres = self._moved(_pool(x, self.centres), value, feature)  # [B, N, D]
+            share = torch.sigmoid(self.sim_beta + self.sim_alpha * _cosine(centres, x))  # [B, N, L]
+            numbers = torch.arange(self.centres, device=x.device).view(-1, 1)  # [N, 1]
+            best = numbers == share.argmax(dim=1, keepdim=True)  # [B, N, L], once true a column
+            share = share * best
+            pooled = _pool(feature, self.centres)  # [B, N, D]
+            members = best.sum(dim=-1, keepdim=True)  # [B, N, 1]
+            prototypes = (share @ feature + pooled) / (members + 1)  # [B, N, D]
+            return share.mT @ prototypes  # [B, L, D]
 
     def _moved(
         self, centres: torch.Tensor, value: torch.Tensor, feature: torch.Tensor
     ) -> torch.Tensor:
         # The published code takes the cosine with `value` normalised over the tokens, not over the
-        # features; the released weights grew up with that. Dividing the centres (few) by those
+        # features, and the released weights grew up with that. Dividing the centres (few) by those
         # norms is the same as dividing the tokens (many).
         value_norm = _norm(value, dim=1)  # [B, 1, D]
         for _ in range(self.iterations):
-            unit = F.normalize(self.c(centres).float(), dim=-1) / value_norm  # [B, N, D]
-            assigned = _product(unit, value).softmax(dim=1)  # [B, N, L], each token sums to one
-            centres = assigned.to(feature.dtype) @ feature  # [B, N, D]
+            moved = _wide(self.c(centres.to(self.c.weight.dtype)))  # [B, N, D]
+            similarity = (moved / _norm(moved, dim=-1) / value_norm) @ value.mT  # [B, N, L]
+            # Over the centres: each token shares itself out among them.
+            centres = similarity.softmax(dim=1) @ feature  # [B, N, D]
         return centres
 
 
 class SoftPrototypeExtractor(_ClusterProjector):
     """The paper's form, `cluster_soft`; it was never released, and no weights exist for it.
 
-    Centres are moved by attention, C <- softmax(q(C) k(Z)^T) v(Z) over the tokens; each token then
-    adds z((1/N) sum_j cos(C_j, Z_i) C_j). Arguments as for `PrototypeExtractor`.
+    Centres move by attention, C <- softmax(q(C) k(Z)^T) v(Z) over the tokens; each token then adds
+    z((1/N) sum_j cos(C_j, Z_i) C_j). Arguments as for `PrototypeExtractor`.
     """
 
     def __init__(
@@ -128,13 +134,15 @@ class SoftPrototypeExtractor(_ClusterProjector):
 
     def prototypes(self, x: torch.Tensor) -> torch.Tensor:
         """What each token of x [B, L, D] gets from all prototypes: [B, L, D]."""
-        key, value = self.k(x).float(), self.v(x)  # [B, L, D]
-        centres = _pool(x, self.centres)  # [B, N, D]
-        for _ in range(self.iterations):
-            attention = _product(self.q(centres), key).softmax(dim=-1)  # [B, N, L]
-            centres = attention.to(value.dtype) @ value  # [B, N, D]
-        cosine = _product(F.normalize(centres.float(), dim=-1), x) / _norm(x, dim=-1).mT  # [B, N, L]
-        return self.z((cosine / self.centres).to(centres.dtype).mT @ centres)  # [B, L, D]
+        key, value = _wide(self.k(x)), _wide(self.v(x))  # [B, L, D]
+        with _no_autocast(x):
+            x = _wide(x)
+            centres = _pool(x, self.centres)  # [B, N, D]
+            for _ in range(self.iterations):
+                query = _wide(self.q(centres.to(self.q.weight.dtype)))  # [B, N, D]
+                centres = (query @ key.mT).softmax(dim=-1) @ value  # [B, N, D]
+            shared = _cosine(centres, x).mT @ centres / self.centres  # [B, L, D]
+        return self.z(shared.to(self.z.weight.dtype))
 
 
 def _pool(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -150,20 +158,26 @@ def _pool(x: torch.Tensor, size: int) -> torch.Tensor:
     return inside.to(x.dtype) @ x / inside.sum(dim=1, keepdim=True)  # [B, size, D]
 
 
-def _product(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """rows [B, N, D] times columns [B, L, D] -> [B, N, L], in float32 also under autocast.
+def _cosine(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Cosines of rows [B, N, D] with columns [B, L, D]: [B, N, L].
 
-    Cosines of neighbouring tokens are close to one and to each other: rounded to bfloat16 they tie,
-    and the choice of the best centre becomes the choice of the first.
+    Divides the products, not the columns: no second [B, L, D] is kept for backward.
     """
-    with maybe_autocast(device_type=rows.device.type, enabled=False):
-        return rows.float() @ columns.float().mT
+    return (rows / _norm(rows, dim=-1)) @ columns.mT / _norm(columns, dim=-1).mT
 
 
 def _norm(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Length of x along dim (kept), in float32 and never zero."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    return norm.clamp_min(1e-12)
+    """Length of x along dim (kept), never zero."""
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(1e-12)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or as it is where that is more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _no_autocast(x: torch.Tensor) -> AbstractContextManager[None]:
+    return maybe_autocast(device_type=x.device.type, enabled=False)
 
 
 def _identity(vision_dim: int, text_dim: int) -> nn.Module:

@@ -1,0 +1,91 @@
+"""Makes the miniature world's base models from nothing: tokenizer, vision tower and language model.
+
+    python demo/shapes/make_base.py            # everything, about an hour on two cores
+    python demo/shapes/make_base.py --tower    # one part
+
+The results lie in `base/` beside this file, in half precision, as CLIP and Vicuna come trained to the
+real system; `base/curves.json` holds how they were learned and how they were checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from base_lm import text_accuracy, train_lm
+from base_tokenizer import make_tokenizer
+from base_tower import probe_tower, train_tower, write_preprocessor
+from transformers import AutoTokenizer, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+BASE = Path(__file__).parent / "base"
+# The share of the budget for the language model, which has the harder task.
+_LM_SHARE = 0.6
+
+
+def save_half(model: PreTrainedModel, folder: Path) -> None:
+    """Writes a model's fp16 weights and configuration into a folder that may hold other files.
+
+    Each file is written beside its final place and renamed, so that no reader meets half a file.
+    """
+    beside = folder.with_name(folder.name + ".new")
+    shutil.rmtree(beside, ignore_errors=True)
+    half = type(model)(model.config).to(torch.float16)
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(beside)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in beside.iterdir():
+        file.replace(folder / file.name)
+    beside.rmdir()
+
+
+def make_tower(out: Path, minutes: float, seed: int) -> dict[str, Any]:
+    """Trains, checks and saves the vision tower."""
+    tower, curve = train_tower(minutes=minutes, seed=seed)
+    save_half(tower, out / "tower")
+    write_preprocessor(out / "tower")
+    return {"curve": curve, "probe": probe_tower(tower)}
+
+
+def make_lm(out: Path, minutes: float, seed: int) -> dict[str, Any]:
+    """Trains, checks and saves the language model, for the tokenizer that lies in its folder."""
+    tokenizer = AutoTokenizer.from_pretrained(out / "lm")
+    model, curve = train_lm(tokenizer, minutes=minutes, seed=seed)
+    save_half(model, out / "lm")
+    accuracy = {name: text_accuracy(model, tokenizer, template=name) for name in ("v1", "v1_sq")}
+    return {"curve": curve, "text_accuracy": accuracy}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=BASE)
+    parser.add_argument("--minutes", type=float, default=75.0, help="wall-clock budget of all training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    for part in ("tokenizer", "tower", "lm"):
+        parser.add_argument(f"--{part}", action="store_true", help=f"make the {part} (default: all three)")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(args.threads)
+    everything = not (args.tokenizer or args.tower or args.lm)
+    curves = args.out / "curves.json"
+    report = json.loads(curves.read_text()) if curves.exists() else {}
+    if args.tokenizer or everything:
+        make_tokenizer(args.out / "lm")
+    for part, make, share in (("tower", make_tower, 1 - _LM_SHARE), ("lm", make_lm, _LM_SHARE)):
+        if getattr(args, part) or everything:
+            start = time.monotonic()
+            report[part] = make(args.out, args.minutes * (share if everything else 1.0), args.seed)
+            report[part]["seconds"] = round(time.monotonic() - start)
+            curves.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
