@@ -5,14 +5,14 @@ Importing the package makes its model known to transformers' Auto classes.
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from sqllava.ask import SelfQuestioner
+from sqllava.model.checkpoint import load
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
 
 AutoConfig.register("sqllava", SQLlavaConfig, exist_ok=True)
-AutoModelForImageTextToText.register(
-    SQLlavaConfig, SQLlavaForConditionalGeneration, exist_ok=True
-)
+AutoModelForImageTextToText.register(SQLlavaConfig, SQLlavaForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(SQLlavaConfig, SQLlavaProcessor, exist_ok=True)
 
 __version__ = "0.1.0"
@@ -20,4 +20,6 @@ __all__ = [
     "SQLlavaConfig",
     "SQLlavaForConditionalGeneration",
     "SQLlavaProcessor",
+    "SelfQuestioner",
+    "load",
 ]

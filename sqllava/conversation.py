@@ -132,9 +132,11 @@ def turns_from_record(record: Mapping[str, Any]) -> list[Turn]:
 
 def _turn(number: int, entry: Any) -> Turn:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"turn {number} must be a dict with 'from' and 'value', found {entry!r:.80}")
+        raise ValueError(
+            f"turn {number} must be a dict with 'from' and 'value', found {entry!r:.80}"
+        )
     speaker, text = entry.get("from"), entry.get("value")
-    if speaker not in _ROLE_OF_SPEAKER:
+    if not isinstance(speaker, str) or speaker not in _ROLE_OF_SPEAKER:
         raise ValueError(f"turn {number}: 'from' must be 'human' or 'gpt', found {speaker!r}")
     if not isinstance(text, str):
         raise ValueError(f"turn {number}: 'value' must be text, found {text!r:.80}")

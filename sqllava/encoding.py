@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -152,7 +152,9 @@ def encode_prompt(
     return _with_bos(_encode_pieces(pieces, tokenizer, image_tokens, "start"), tokenizer).input_ids
 
 
-def encode_text(prompt: str, tokenizer: PreTrainedTokenizerBase, image_tokens: int = 1) -> list[int]:
+def encode_text(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, image_tokens: int = 1
+) -> list[int]:
     """Encodes a prompt that is already a string, with `<image>` marks and end-of-sentence tokens in
     it, to the same ids as `encode_prompt` gives for the turns behind it."""
     eos = tokenizer.eos_token
@@ -202,7 +204,7 @@ def _merged(pieces: Sequence[Piece]) -> list[Piece]:
 
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the `<image>` placeholder; raises ValueError if the tokenizer has none."""
-    token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    token_id = _id(tokenizer, IMAGE)
     if token_id is None or token_id == tokenizer.unk_token_id:
         raise ValueError(f"the tokenizer has no {IMAGE!r} token: call add_image_token first")
     return token_id
@@ -210,7 +212,9 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Gives the tokenizer an `<image>` token, after its last id, if it has none."""
-    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [IMAGE]}, replace_extra_special_tokens=False
+    )
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, place: _Place) -> Sequence[int]:
@@ -224,7 +228,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, place: _Place) -> S
         return []
     if not _has_dummy_prefix(tokenizer):
         return _plain_ids(tokenizer, text)
-    if text.startswith(" "):
+    if text.startswith((" ", "▁")):  # the same to sentencepiece
         # transformers takes a leading space for the prefix: in the middle that is what is meant,
         # elsewhere the prefix comes on top.
         return _plain_ids(tokenizer, text if place == "middle" else " " + text)
@@ -233,26 +237,34 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, place: _Place) -> S
 
 def _without_prefix(tokenizer: PreTrainedTokenizerBase, text: str) -> Sequence[int]:
     ids = list(_plain_ids(tokenizer, text))
-    first = tokenizer.convert_ids_to_tokens(ids[0])
+    first = _piece(tokenizer, ids[0])
     if first == "▁":
         return ids[1:]
-    bare = tokenizer.convert_tokens_to_ids(first.removeprefix("▁"))
+    bare = _id(tokenizer, first.removeprefix("▁"))
     if bare is not None and bare != tokenizer.unk_token_id:
         return [bare, *ids[1:]]
     # The vocabulary lacks the bare piece: let the model cut the text anew, without the prefix.
-    return [token.id for token in tokenizer.backend_tokenizer.model.tokenize(text.replace(" ", "▁"))]
+    return [
+        token.id for token in tokenizer.backend_tokenizer.model.tokenize(text.replace(" ", "▁"))
+    ]
+
+
+def _id(tokenizer: PreTrainedTokenizerBase, piece: str) -> int | None:
+    return cast("int | None", tokenizer.convert_tokens_to_ids(piece))
+
+
+def _piece(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    return cast(str, tokenizer.convert_ids_to_tokens(token_id))
 
 
 @lru_cache(maxsize=8)
 def _has_dummy_prefix(tokenizer: PreTrainedTokenizerBase) -> bool:
     ids = tokenizer("a", add_special_tokens=False).input_ids
-    return tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁")
+    return _piece(tokenizer, ids[0]).startswith("▁")
 
 
 # Role tags and the system text recur in every record.
 @lru_cache(maxsize=4096)
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Ids of text as text: what looks like a special token in it is not one."""
-    return tuple(
-        tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    )
+    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)

@@ -64,7 +64,9 @@ def test_v1_sq_text() -> None:
 
 
 def test_plain_text_is_the_caption_alone() -> None:
-    pieces = render([Turn("user", "Describe it.", 1), Turn("assistant", "a car")], TEMPLATES["plain"])
+    pieces = render(
+        [Turn("user", "Describe it.", 1), Turn("assistant", "a car")], TEMPLATES["plain"]
+    )
     assert pieces == [Piece("image"), Piece("text", "a car\n", trained=True)]
 
 
@@ -150,7 +152,9 @@ def test_malformed_records_are_errors(bad: dict[str, Any], message: str) -> None
 
 
 def many(exchanges: int, images: int = 1) -> list[Turn]:
-    turns = [turn for n in range(exchanges) for turn in (Turn("user", f"q{n}"), Turn("assistant", "a"))]
+    turns = [
+        turn for n in range(exchanges) for turn in (Turn("user", f"q{n}"), Turn("assistant", "a"))
+    ]
     return [Turn("user", "q", images), *turns[1:]]
 
 

@@ -69,6 +69,7 @@ def test_exif_orientation_is_not_applied(tmp_path):
     assert load_image(path).size == (8, 6)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
 def test_truncated_files_are_refused(tmp_path, kind):
     buffer = io.BytesIO()

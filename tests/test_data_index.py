@@ -90,6 +90,24 @@ def test_only_what_is_asked_for_is_parsed(source, monkeypatch):
     assert index[42]["id"] == "42" and len(read) == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+def test_reading_everything_keeps_the_resident_size_flat(tmp_path):
+    path = tmp_path / "data.jsonl"
+    with path.open("w") as handle:
+        for number in range(2000):
+            handle.write(json.dumps({**record(number), "filler": "x" * 50_000}) + "\n")
+
+    def resident() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("Rss:"))) * 1024
+
+    index = open_index(path)
+    before = resident()
+    assert all(row["width"] == 640 for row in index)
+    assert path.stat().st_size > 100e6
+    assert resident() - before < 30e6
+
+
 def test_bad_records_stay_readable(tmp_path):
     path = tmp_path / "data.json"
     bad = [{"id": "a"}, 5, None, ["x"], {"image": 3, "conversations": {"from": []}}, "\ud800"]

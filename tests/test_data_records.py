@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqllava.data.records import (
@@ -60,6 +60,7 @@ def spaced_json(draw, value):
     return draw(SPACE) + brackets[0] + inner + draw(SPACE) + brackets[1] + draw(SPACE)
 
 
+@settings(deadline=None)
 @given(st.data(), st.lists(JSON, max_size=5), CHUNK)
 def test_an_array_reads_as_json_load_reads_it(data, values, chunk):
     text = data.draw(spaced_json(values))
@@ -68,6 +69,7 @@ def test_an_array_reads_as_json_load_reads_it(data, values, chunk):
     assert [json.loads(part) for _, part in read] == json.loads(text)
 
 
+@settings(deadline=None)
 @given(st.lists(st.dictionaries(st.text(), JSON, max_size=2), max_size=3), st.booleans(), CHUNK)
 def test_lines_read_as_json_loads_reads_each(values, spread, chunk):
     lines = [json.dumps(value, indent=2 if spread else None) for value in values]
@@ -75,6 +77,7 @@ def test_lines_read_as_json_loads_reads_each(values, spread, chunk):
     assert [value for value, _ in read] == [json.loads(line) for line in lines]
 
 
+@settings(deadline=None)
 @given(st.lists(JSON, min_size=1, max_size=5), st.integers(1, 50), st.data())
 def test_a_cut_file_is_an_error_at_any_place(values, chunk, data):
     text = json.dumps(values)
@@ -231,6 +234,7 @@ def test_bad_records_are_named_with_the_reason(bad, reason):
         check_record(bad, "some.json", 7)
 
 
+@settings(deadline=None)
 @given(JSON)
 def test_the_check_fails_in_no_other_way(value):
     for bad in (value, {"conversations": value}, record(image=value), [value]):

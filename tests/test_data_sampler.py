@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
@@ -39,11 +39,13 @@ def chunks(indices: list[int], size: int) -> list[list[int]]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
+@settings(deadline=None)
 @given(samplers(), st.integers(0, 3))
 def test_every_record_comes_once(sampler, epoch):
     assert sorted(order(sampler, epoch)) == list(range(len(sampler)))
 
 
+@settings(deadline=None)
 @given(samplers(), st.integers(0, 3))
 def test_the_order_is_a_function_of_seed_and_epoch(sampler, epoch):
     first = order(sampler, epoch)
@@ -51,6 +53,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(sampler, epoch):
     assert order(sampler, epoch) == first
 
 
+@settings(deadline=None)
 @given(samplers(), st.integers(0, 3))
 def test_at_most_one_step_is_mixed(sampler, epoch):
     steps = chunks(order(sampler, epoch), sampler.global_batch_size)
@@ -58,6 +61,7 @@ def test_at_most_one_step_is_mixed(sampler, epoch):
     assert len(mixed) <= 1 or not sampler.group_by_modality
 
 
+@settings(deadline=None)
 @given(samplers(), st.integers(0, 3))
 def test_the_first_step_has_images_if_any_whole_step_has(sampler, epoch):
     steps = chunks(order(sampler, epoch), sampler.global_batch_size)
@@ -66,6 +70,7 @@ def test_the_first_step_has_images_if_any_whole_step_has(sampler, epoch):
         assert sampler.has_image[steps[0]].any()
 
 
+@settings(deadline=None)
 @given(samplers(), st.integers(0, 3))
 def test_within_a_step_the_longest_come_first(sampler, epoch):
     if not sampler.group_by_length:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_nothing_to_learn_is_an_error(tokenizer: Any) -> None:
 
 @pytest.fixture(scope="session")
 def byte_level() -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer (the GPT-2 and Llama-3 family), trained here on a few sentences."""
+    """A byte-level BPE tokenizer (GPT-2, Llama 3), trained here on a few sentences."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -199,15 +200,16 @@ TRAPS = [
     *("ASSISTANT", "</s>USER: ", "\n", " ", "  ", "\t", "é", "▁", "\u3000", "🙂", "日本語", "\x00"),
 ]
 # Every character but the lone surrogates, which are not text.
-texts = st.lists(st.one_of(st.sampled_from(TRAPS), st.text(max_size=8)), max_size=4).map("".join)
+texts = st.lists(st.one_of(st.sampled_from(TRAPS), st.text(max_size=6)), max_size=3).map("".join)
 
 
 @st.composite
 def conversations(draw: st.DrawFn) -> list[Turn]:
     """One to twelve exchanges, the first with none, one or two images, some asked by the model."""
+    # Short ones more often: they are faster, and as many traps are in them.
     images = draw(st.sampled_from([0, 1, 1, 1, 2]))
     turns: list[Turn] = []
-    for number in range(draw(st.integers(1, 12))):
+    for number in range(draw(st.sampled_from([1, 2, 3] * 4 + list(range(1, 13))))):
         asks = number > 0 and images > 0 and draw(st.booleans())
         turns.append(Turn("vuser" if asks else "user", draw(texts), images if number == 0 else 0))
         turns.append(Turn("assistant", draw(texts)))
@@ -219,6 +221,7 @@ def as_read(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text.replace("▁", " ") if is_sentencepiece(tokenizer) else text
 
 
+@lru_cache
 def is_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "▁" in tokenizer.get_vocab()
 
@@ -252,13 +255,18 @@ def spoken(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [as_read(" " + text if text else "", tokenizer) for text in texts]
 
 
+def masked(ids: list[int], labels: list[int]) -> list[int]:
+    """What the labels must be, by where they are trained."""
+    pairs = zip(ids, labels, strict=True)
+    return [IGNORE_INDEX if label == IGNORE_INDEX else i for i, label in pairs]
+
+
 def check(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> None:
     encoded = encode_turns(turns, SQ, tokenizer, image_tokens=3)
     ids, labels = encoded.input_ids, encoded.labels
 
     assert targets(encoded, tokenizer) == spoken(turns, tokenizer)
-    assert len(ids) == len(labels)
-    assert all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels, strict=True))
+    assert labels == masked(ids, labels)
     assert ids.count(image_token_id(tokenizer)) == 3 * turns[0].images
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids.count(tokenizer.eos_token_id) == sum(turn.role != "user" for turn in turns)
@@ -296,7 +304,7 @@ def check_record(turns: list[Turn], sq_r: float, seed: int, tokenizer: Any) -> N
         assert len(answers) <= len(said) <= len(answers) + sum(may_ask)
         if sq_r == 1:
             assert len(said) == len(answers) + sum(may_ask)
-    assert all(label in (-100, i) for i, label in zip(encoded.input_ids, encoded.labels, strict=True))
+    assert encoded.labels == masked(encoded.input_ids, encoded.labels)
 
 
 anything = given(
@@ -308,14 +316,14 @@ relaxed = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @anything
-@settings(relaxed, max_examples=500)
+@settings(relaxed, max_examples=300)
 def test_random_conversations(tokenizer: Any, turns: list[Turn], sq_r: float, seed: int) -> None:
     check(turns, tokenizer)
     check_record(turns, sq_r, seed, tokenizer)
 
 
 @anything
-@settings(relaxed, max_examples=200)
+@settings(relaxed, max_examples=100)
 def test_random_conversations_byte_level(
     byte_level: Any, turns: list[Turn], sq_r: float, seed: int
 ) -> None:
@@ -334,7 +342,7 @@ def test_ten_thousand_random_conversations(
 
 
 @anything
-@settings(relaxed, max_examples=200)
+@settings(relaxed, max_examples=100)
 def test_random_captions(tokenizer: Any, turns: list[Turn], sq_r: float, seed: int) -> None:
     """Stage 1: the caption and its newline, after the space that sentencepiece puts in front."""
     caption = turns[-1].text or ""

@@ -86,7 +86,9 @@ def test_logits_and_greedy_ids_equal_the_published_ones(published, numbers, gold
 
 
 @torch.no_grad()
-def test_batch_loss_equals_the_published_one(published, golden_json, golden_records, golden, tmp_path):
+def test_batch_loss_equals_the_published_one(
+    published, golden_json, golden_records, golden, tmp_path
+):
     model, processor = published
     expected = golden_json["batch_loss"]
     data = tmp_path / "batch.json"
@@ -114,8 +116,9 @@ def test_batch_loss_equals_the_published_one(published, golden_json, golden_reco
 def test_published_stage1_is_read_under_our_names(golden):
     model, _ = assemble(str(golden / "vicuna-tiny"), str(golden / "clip-tiny"))
     trained = prepare_training(model, Training(vision_lora=Lora(4, 8)))
-    state = read_stage1(golden / "sqllava-pretrain" / "mm_projector.bin", vision_layers=2)
-    load_adapter_state(trained, state, ("projector", "vision tower"), "sqllava-pretrain")
+    stage1 = read_stage1(golden / "sqllava-pretrain" / "mm_projector.bin", vision_layers=2)
+    assert stage1.vision_alpha == 8
+    load_adapter_state(trained, stage1.state, ("projector", "vision tower"), "sqllava-pretrain")
     given = torch.load(golden / "sqllava-pretrain" / "mm_projector.bin", weights_only=True)
     projector = trained.get_base_model().model.multi_modal_projector.modules_to_save["default"]
     assert torch.equal(projector.mlp[0].weight, given["model.mm_projector.mlp.0.weight"])

@@ -31,7 +31,13 @@ def make_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(_train(_words()))
     special = {
-        token: {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        token: {
+            "content": content,
+            "lstrip": False,
+            "normalized": True,
+            "rstrip": False,
+            "single_word": False,
+        }
         for token, content in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
     }
     config = {
@@ -53,9 +59,15 @@ def make_tokenizer(folder: Path) -> None:
 def _words() -> list[str]:
     """Every word as it is written after a space and, for the roles, also directly after `</s>`."""
     texts = list(TEMPLATE_TEXTS)
-    scene = world.Scene((world.Thing("small", "red", "circle", 0), world.Thing("large", "blue", "star", 4)))
+    scene = world.Scene(
+        (world.Thing("small", "red", "circle", 0), world.Thing("large", "blue", "star", 4))
+    )
     texts += [question.text for question in world.questions(scene)] + [world.describe(scene)]
-    texts += list(itertools.chain(world.COLORS, world.SHAPES, world.SIZES, world.PLACES, world.NUMBERS, ("yes", "no")))
+    texts += list(
+        itertools.chain(
+            world.COLORS, world.SHAPES, world.SIZES, world.PLACES, world.NUMBERS, ("yes", "no")
+        )
+    )
     found = sorted({word for text in texts for word in re.findall(r"[A-Za-z]+", text)})
     return found
 

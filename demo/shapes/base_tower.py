@@ -41,10 +41,10 @@ _POOL_SEED = 977
 def make_tower_config() -> CLIPVisionConfig:
     """The architecture of the base tower: one patch a cell, so nine image tokens."""
     return CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=192,
+        intermediate_size=576,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=6,
         image_size=world.IMAGE_SIZE,
         patch_size=world.CELL,
         projection_dim=128,
@@ -69,7 +69,9 @@ def write_preprocessor(folder: Path) -> None:
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(config, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -98,8 +100,16 @@ def make_pool(count: int, seed: int, held_out: bool = False) -> Pool:
     """
     with get_context("spawn").Pool(2) as workers:
         jobs = [(seed * _POOL_SEED + number, held_out) for number in range(count)]
-        done = list(tqdm(workers.imap(_draw, jobs, chunksize=64), total=count, desc="pictures for the tower"))
-    pictures = torch.from_numpy(np.stack([picture for picture, _ in done])).permute(0, 3, 1, 2).contiguous()
+        done = list(
+            tqdm(
+                workers.imap(_draw, jobs, chunksize=64), total=count, desc="pictures for the tower"
+            )
+        )
+    pictures = (
+        torch.from_numpy(np.stack([picture for picture, _ in done]))
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
     return Pool(pictures, torch.tensor([words for _, words in done]))
 
 
@@ -147,7 +157,9 @@ class Contrast(nn.Module):
         losses = cross_entropy(logits, target, reduction="none")
         filled = words.flatten(0, 1)[:, 0] != _WORD["nothing"]
         local = losses[filled].mean() + 0.3 * losses[~filled].mean()
-        captions = normalize(self.caption(embedded[target].view(*words.shape[:2], -1).sum(1)), dim=-1)
+        captions = normalize(
+            self.caption(embedded[target].view(*words.shape[:2], -1).sum(1)), dim=-1
+        )
         pictures = normalize(self.whole(out.pooler_output), dim=-1)
         pairs = self.scale[1].exp() * pictures @ captions.T
         truth = torch.arange(len(pairs))
@@ -156,7 +168,12 @@ class Contrast(nn.Module):
 
 
 def train_tower(
-    *, pictures: int = 24000, steps: int = 6000, batch_size: int = 64, minutes: float = 30.0, seed: int = 0
+    *,
+    pictures: int = 24000,
+    steps: int = 6000,
+    batch_size: int = 64,
+    minutes: float = 30.0,
+    seed: int = 0,
 ) -> tuple[CLIPVisionModel, list[dict[str, Any]]]:
     """Trains the tower; returns it with its curve."""
     torch.manual_seed(seed)
@@ -177,7 +194,12 @@ def train_tower(
         gone = max(step / steps, (time.monotonic() - start) / (60 * minutes))
         take_step(optimizers, min(1.0, step / 100, max(0.0, 2.0 * (1.0 - gone))))
         if step % 200 == 0 or gone >= 1:
-            row = {"step": step, "local": local.item(), "whole": whole.item(), "phrase_accuracy": accuracy.item()}
+            row = {
+                "step": step,
+                "local": local.item(),
+                "whole": whole.item(),
+                "phrase_accuracy": accuracy.item(),
+            }
             curve.append({key: round(value, 4) for key, value in row.items()})
             logger.info("%s", curve[-1])
         if gone >= 1:
@@ -210,7 +232,10 @@ def probe_tower(tower: CLIPVisionModel, *, pictures: int = 3000, seed: int = 5) 
         Accuracy for "size", "color", "shape", "place" and "filled", each also with "unseen_".
     """
     fit = make_pool(pictures, seed)
-    tests = {"": make_pool(pictures // 3, seed + 1), "unseen_": make_pool(pictures // 3, seed + 2, True)}
+    tests = {
+        "": make_pool(pictures // 3, seed + 1),
+        "unseen_": make_pool(pictures // 3, seed + 2, True),
+    }
     x = features(tower, fit)
     result = {}
     for column, name in enumerate(("size", "color", "shape", "place")):

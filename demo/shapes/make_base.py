@@ -42,6 +42,7 @@ def save_half(model: PreTrainedModel, folder: Path) -> None:
     half.save_pretrained(beside)
     folder.mkdir(parents=True, exist_ok=True)
     for file in beside.iterdir():
+        file.chmod(0o644)
         file.replace(folder / file.name)
     beside.rmdir()
 
@@ -64,13 +65,19 @@ def make_lm(out: Path, minutes: float, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=BASE)
-    parser.add_argument("--minutes", type=float, default=75.0, help="wall-clock budget of all training")
+    parser.add_argument(
+        "--minutes", type=float, default=75.0, help="wall-clock budget of all training"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     for part in ("tokenizer", "tower", "lm"):
-        parser.add_argument(f"--{part}", action="store_true", help=f"make the {part} (default: all three)")
+        parser.add_argument(
+            f"--{part}", action="store_true", help=f"make the {part} (default: all three)"
+        )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)

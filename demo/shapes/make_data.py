@@ -1,6 +1,6 @@
 """Writes the miniature world's data: training records as in mixTraindata, evaluation files as the benchmarks'.
 
-    python demo/shapes/make_data.py --out data/shapes
+python demo/shapes/make_data.py --out data/shapes
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def make_data(out: Path, pretrain: int, finetune: int, evaluation: int, seed: in
     dialogues, second = finetune_records(finetune, f"{seed}/finetune")
     scenes = evaluation_scenes(evaluation, f"{seed}/eval")
     names = {name: out / "eval" / "images" / name for name in scenes}
-    drawings = [(training / name, scene, f"{seed}/{name}") for name, scene in {**first, **second}.items()]
+    drawings = [
+        (training / name, scene, f"{seed}/{name}") for name, scene in {**first, **second}.items()
+    ]
     drawings += [(path, scenes[name], f"{seed}/eval/{name}") for name, path in names.items()]
     draw(drawings)
     write_json(training / "shapes_pretrain.json", captions)
@@ -98,7 +100,9 @@ def finetune_records(count: int, seed: str) -> tuple[list[Record], dict[str, wor
     for number in range(count):
         rng = random.Random(f"{seed}/{number}")
         scene = world.sample_scene(rng)
-        exchanges = [(q.text, q.answer) for q in world.sample_questions(scene, rng, rng.randint(*TURNS))]
+        exchanges = [
+            (q.text, q.answer) for q in world.sample_questions(scene, rng, rng.randint(*TURNS))
+        ]
         record: Record = {"id": f"finetune-{number:06d}"}
         first = "<image>\n"
         if rng.random() < TEXT_ONLY:
@@ -126,7 +130,9 @@ def _turns(exchanges: list[tuple[str, str]], first: str) -> list[dict[str, str]]
 def evaluation_scenes(count: int, seed: str) -> dict[str, world.Scene]:
     """Scenes by their image's name; every second one has a pair that no training picture shows."""
     return {
-        f"{number:06d}.jpg": world.sample_scene(random.Random(f"{seed}/{number}"), held_out=bool(number % 2))
+        f"{number:06d}.jpg": world.sample_scene(
+            random.Random(f"{seed}/{number}"), held_out=bool(number % 2)
+        )
         for number in range(count)
     }
 
@@ -168,10 +174,14 @@ def evaluation_questions(
     for name, scene in scenes.items():
         options = []
         for kind in world.KINDS:
-            tries = [world.sample_question(scene, rng, kind, unseen_negatives=True) for _ in range(6)]
+            tries = [
+                world.sample_question(scene, rng, kind, unseen_negatives=True) for _ in range(6)
+            ]
             found = sorted(filter(None, tries), key=lambda question: not question.unseen)
             options += found[:1]
-        for question in sorted(options, key=lambda question: asked[question.kind])[:QUESTIONS_A_SCENE]:
+        for question in sorted(options, key=lambda question: asked[question.kind])[
+            :QUESTIONS_A_SCENE
+        ]:
             asked[question.kind] += 1
             drawn.append((name, question))
     return drawn
@@ -179,13 +189,21 @@ def evaluation_questions(
 
 def write_vqa(folder: Path, questions: list[tuple[str, world.Question]]) -> None:
     """VQAv2's questions and annotations."""
-    header = {"info": {}, "task_type": "Open-Ended", "data_type": "shapes", "data_subtype": "val", "license": {}}
+    header = {
+        "info": {},
+        "task_type": "Open-Ended",
+        "data_type": "shapes",
+        "data_subtype": "val",
+        "license": {},
+    }
     asked, annotations = [], []
     for number, (name, question) in enumerate(questions):
         image_id = int(Path(name).stem)
         asked.append({"image_id": image_id, "question": question.text, "question_id": number})
         answer = {"answer": question.answer, "answer_confidence": "yes"}
-        answer_type = {"exist": "yes/no", "relation": "yes/no", "count": "number"}.get(question.kind, "other")
+        answer_type = {"exist": "yes/no", "relation": "yes/no", "count": "number"}.get(
+            question.kind, "other"
+        )
         annotations.append(
             {
                 "question_id": number,
@@ -193,7 +211,9 @@ def write_vqa(folder: Path, questions: list[tuple[str, world.Question]]) -> None
                 "question_type": question.kind,
                 "answer_type": answer_type,
                 "multiple_choice_answer": question.answer,
-                "answers": [{**answer, "answer_id": person + 1} for person in range(ANSWERS_A_QUESTION)],
+                "answers": [
+                    {**answer, "answer_id": person + 1} for person in range(ANSWERS_A_QUESTION)
+                ],
             }
         )
     write_json(folder / "questions.json", {**header, "questions": asked})
@@ -208,7 +228,13 @@ def write_gqa(folder: Path, questions: list[tuple[str, world.Question]]) -> None
         "place": ("query", "rel"),
         "count": ("query", "obj"),
     }
-    groups = {"color": "color", "shape": "shape", "size": "size", "place": "place", "count": "count"}
+    groups = {
+        "color": "color",
+        "shape": "shape",
+        "size": "size",
+        "place": "place",
+        "count": "count",
+    }
     written = {}
     for number, (name, question) in enumerate(questions):
         structural, semantic = types.get(question.kind, ("query", "attr"))
@@ -231,19 +257,27 @@ def write_gqa(folder: Path, questions: list[tuple[str, world.Question]]) -> None
 def write_pope(folder: Path, scenes: dict[str, world.Scene], rng: random.Random) -> None:
     """POPE's three lists, and the question file over all of them; half of the labels are "no"."""
     pairs = [(color, shape) for color in world.COLORS for shape in world.SHAPES]
-    popular = Counter((thing.color, thing.shape) for scene in scenes.values() for thing in scene.things)
+    popular = Counter(
+        (thing.color, thing.shape) for scene in scenes.values() for thing in scene.things
+    )
     everything = []
     for start, style in enumerate(("adversarial", "popular", "random")):
         rows: list[Record] = []
         for name, scene in scenes.items():
             present = [(thing.color, thing.shape) for thing in scene.things]
-            absent = rng.sample([pair for pair in pairs if pair not in present], len(pairs) - len(present))
+            absent = rng.sample(
+                [pair for pair in pairs if pair not in present], len(pairs) - len(present)
+            )
             if style == "popular":
                 absent.sort(key=lambda pair: -popular[pair])
                 absent = absent[: len(pairs) // 4]
             elif style == "adversarial":
                 # The nearest miss: a color and a shape that are both there, though not together.
-                absent.sort(key=lambda pair: (scene.by_color(pair[0]) is None) + (scene.by_shape(pair[1]) is None))
+                absent.sort(
+                    key=lambda pair: (
+                        (scene.by_color(pair[0]) is None) + (scene.by_shape(pair[1]) is None)
+                    )
+                )
                 absent = absent[: max(1, len(present) * (len(present) - 1))]
             for (color, shape), label in ((rng.choice(present), "yes"), (rng.choice(absent), "no")):
                 text = f"Is there a {color} {shape}?"
@@ -258,18 +292,29 @@ def write_pope(folder: Path, scenes: dict[str, world.Scene], rng: random.Random)
 
 def write_captions(folder: Path, scenes: dict[str, world.Scene]) -> None:
     """COCO's caption file, the Karpathy list, and the question file."""
-    captions = [(number, name, world.describe(scene)) for number, (name, scene) in enumerate(scenes.items())]
+    captions = [
+        (number, name, world.describe(scene)) for number, (name, scene) in enumerate(scenes.items())
+    ]
     images = [{"id": int(Path(name).stem), "file_name": name} for _, name, _ in captions]
-    annotations = [{"id": n, "image_id": int(Path(name).stem), "caption": text} for n, name, text in captions]
+    annotations = [
+        {"id": n, "image_id": int(Path(name).stem), "caption": text} for n, name, text in captions
+    ]
     write_json(folder / "captions_val.json", {"images": images, "annotations": annotations})
-    write_json(folder / "karpathy_test.json", [{"image": name, "caption": [text]} for _, name, text in captions])
+    write_json(
+        folder / "karpathy_test.json",
+        [{"image": name, "caption": [text]} for _, name, text in captions],
+    )
     asked = [{"question_id": n, "image": name, "text": world.DESCRIBE} for n, name, _ in captions]
     write_lines(folder / "questions.jsonl", asked)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for mixTraindata/ and eval/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for mixTraindata/ and eval/"
+    )
     parser.add_argument("--scenes-pretrain", type=int, default=6000)
     parser.add_argument("--scenes-finetune", type=int, default=12000)
     parser.add_argument("--eval-scenes", type=int, default=600)

@@ -26,7 +26,9 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = _orthogonal(torch.stack([self._nesterov(p, group["momentum"]) for p in parameters]))
+                updates = _orthogonal(
+                    torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
+                )
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.sub_(update, alpha=scale)
@@ -50,12 +52,17 @@ def _orthogonal(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def make_optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, muon_lr: float, adam_lr: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW without weight decay for everything else."""
     layers = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     chosen = set(layers)
     rest = [p for p in model.parameters() if p not in chosen]
-    optimizers = [Muon(layers, muon_lr), torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers = [
+        Muon(layers, muon_lr),
+        torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

@@ -33,7 +33,9 @@ PLACES = (
 NUMBERS = ("zero", "one", "two", "three")
 KINDS = ("color", "shape", "size", "exist", "count", "place", "relation")
 # Never together in a training image or in a training question; the evaluation asks about them.
-HELD_OUT = frozenset({("red", "cross"), ("blue", "triangle"), ("yellow", "circle"), ("purple", "square")})
+HELD_OUT = frozenset(
+    {("red", "cross"), ("blue", "triangle"), ("yellow", "circle"), ("purple", "square")}
+)
 
 GRID = 3
 CELL = 32
@@ -41,7 +43,8 @@ IMAGE_SIZE = GRID * CELL
 DESCRIBE = "Can you describe the image in detail?"
 JPEG_QUALITY = 90
 _OVERSAMPLE = 2
-_RADIUS = {"small": (6.0, 7.5), "large": (11.5, 13.5)}
+_RADIUS = {"small": (7.0, 8.5), "large": (11.5, 13.5)}
+_MOST_SHIFT = 3.5
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Thing:
         return (self.color, self.shape) in HELD_OUT
 
     def phrase(self) -> str:
-        return f"a {self.size} {self.color} {self.shape} in the {self.place}"
+        return f"in the {self.place} a {self.size} {self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,9 @@ def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
 def sample_any_scene(rng: random.Random) -> Scene:
     """Draws a scene with no regard to held-out pairs, for text that no image goes with."""
     count = rng.choices((1, 2, 3), weights=(1, 4, 4))[0]
-    return place_things(list(zip(rng.sample(list(COLORS), count), rng.sample(SHAPES, count), strict=True)), rng)
+    return place_things(
+        list(zip(rng.sample(list(COLORS), count), rng.sample(SHAPES, count), strict=True)), rng
+    )
 
 
 def place_things(pairs: list[tuple[str, str]], rng: random.Random) -> Scene:
@@ -141,7 +146,9 @@ def place_things(pairs: list[tuple[str, str]], rng: random.Random) -> Scene:
     # One draw of the odds a scene, so that all-small and all-large scenes are common enough to count.
     odds = rng.choice((0.15, 0.5, 0.85))
     sizes = [SIZES[rng.random() < odds] for _ in pairs]
-    return Scene(tuple(Thing(s, *pair, cell) for s, pair, cell in zip(sizes, pairs, cells, strict=True)))
+    return Scene(
+        tuple(Thing(s, *pair, cell) for s, pair, cell in zip(sizes, pairs, cells, strict=True))
+    )
 
 
 def describe(scene: Scene) -> str:
@@ -162,7 +169,9 @@ def questions_of(scene: Scene, kind: str) -> list[Question]:
     return _QUESTIONS[kind](scene)
 
 
-def sample_question(scene: Scene, rng: random.Random, kind: str, unseen_negatives: bool = False) -> Question | None:
+def sample_question(
+    scene: Scene, rng: random.Random, kind: str, unseen_negatives: bool = False
+) -> Question | None:
     """Draws one question of a kind, its yes and no equally likely, or None when the scene has none.
 
     Args:
@@ -182,7 +191,9 @@ def sample_question(scene: Scene, rng: random.Random, kind: str, unseen_negative
     return rng.choice([question for question in options if question.answer == answer])
 
 
-def sample_questions(scene: Scene, rng: random.Random, n: int, unseen_negatives: bool = False) -> list[Question]:
+def sample_questions(
+    scene: Scene, rng: random.Random, n: int, unseen_negatives: bool = False
+) -> list[Question]:
     """Draws n different questions with the kinds as equally often as the scene allows."""
     drawn: list[Question] = []
     kinds: list[str] = []
@@ -229,7 +240,9 @@ def _exist_questions(scene: Scene) -> list[Question]:
     found = {(thing.color, thing.shape) for thing in scene.things}
     asked = [(c, s) for c in COLORS for s in SHAPES if c in colors or s in shapes]
     return [
-        Question(f"Is there a {c} {s}?", "yes" if (c, s) in found else "no", "exist", (c, s) in HELD_OUT)
+        Question(
+            f"Is there a {c} {s}?", "yes" if (c, s) in found else "no", "exist", (c, s) in HELD_OUT
+        )
         for c, s in asked
     ]
 
@@ -245,7 +258,10 @@ def _count_questions(scene: Scene) -> list[Question]:
 def _relation_questions(scene: Scene) -> list[Question]:
     return [
         Question(
-            f"Is the {a.shape} above the {b.shape}?", "yes" if a.row < b.row else "no", "relation", a.unseen or b.unseen
+            f"Is the {a.shape} above the {b.shape}?",
+            "yes" if a.row < b.row else "no",
+            "relation",
+            a.unseen or b.unseen,
         )
         for a in scene.things
         for b in scene.things
@@ -321,10 +337,12 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for thing in scene.things:
         radius = rng.uniform(*_RADIUS[thing.size])
-        slack = CELL / 2 - radius - 1
+        slack = min(_MOST_SHIFT, CELL / 2 - radius - 1)
         x = (thing.cell % GRID + 0.5) * CELL + rng.uniform(-slack, slack)
         y = (thing.row + 0.5) * CELL + rng.uniform(-slack, slack)
-        fill = tuple(min(255, max(0, channel + rng.randint(-15, 15))) for channel in COLORS[thing.color])
+        fill = tuple(
+            min(255, max(0, channel + rng.randint(-15, 15))) for channel in COLORS[thing.color]
+        )
         outline = _outline(thing.shape, x, y, radius, math.radians(rng.uniform(-8, 8)))
         draw.polygon([(px * _OVERSAMPLE, py * _OVERSAMPLE) for px, py in outline], fill=fill)
     return picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
@@ -340,12 +358,16 @@ def _ground(rng: random.Random) -> np.ndarray:
         "plain": lambda: np.zeros((IMAGE_SIZE, IMAGE_SIZE)),
         "striped": lambda: ((rows + columns) // period % 2) * contrast,
         "checked": lambda: ((rows // period + columns // period) % 2) * contrast,
-        "grainy": lambda: np.random.default_rng(rng.getrandbits(32)).normal(0, contrast / 2, rows.shape),
+        "grainy": lambda: np.random.default_rng(rng.getrandbits(32)).normal(
+            0, contrast / 2, rows.shape
+        ),
     }[rng.choice(("plain", "plain", "striped", "checked", "grainy"))]()
     return np.clip(base + texture[..., None], 0, 255).astype(np.uint8)
 
 
-def _outline(shape: str, x: float, y: float, radius: float, angle: float) -> list[tuple[float, float]]:
+def _outline(
+    shape: str, x: float, y: float, radius: float, angle: float
+) -> list[tuple[float, float]]:
     """The corners of a shape around (x, y)."""
     third = radius / 3
     corners = {

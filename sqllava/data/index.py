@@ -30,6 +30,7 @@ _FOLDER = ".sqllava"
 _VERSION = 1
 _BATCH_RECORDS = 2048
 _BATCH_CHARACTERS = 4 << 20
+_READS_MAPPED = 64
 # The whole record is kept as JSON text: one call reads it back, further fields survive, and a
 # record of the wrong shape stays readable, for the dataset to deal with.
 _SCHEMA = pa.schema([("record", pa.string()), ("characters", pa.int32()), ("images", pa.int16())])
@@ -48,14 +49,15 @@ class RecordIndex:
     def __init__(self, path: Path, source: Path) -> None:
         self.path, self.source = path, source
         with path.open("rb") as handle:
-            mapped = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ)
+            self._mapped = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ)
         try:
             # No threads: a worker forked later would not have them.
             options = pa.ipc.IpcReadOptions(use_threads=False)
-            reader = pa.ipc.open_file(pa.py_buffer(mapped), options=options)
+            reader = pa.ipc.open_file(pa.py_buffer(self._mapped), options=options)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not an index; delete it to have it made anew") from error
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._reads = 0
         self._starts = list(accumulate((batch.num_rows for batch in self._batches), initial=0))
 
     def __len__(self) -> int:
@@ -65,6 +67,11 @@ class RecordIndex:
         """The record of that number, from 0: a dict, unless the source holds something else."""
         if not 0 <= number < len(self):
             raise IndexError(f"{self.source}: no record {number}; it has {len(self)}")
+        # The system maps generously around each read; unmapped now and then, the resident size
+        # stays flat however much is read. The pages stay in its cache, for all processes.
+        self._reads += 1
+        if self._reads % _READS_MAPPED == 0:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
         batch = bisect_right(self._starts, number) - 1
         column = self._batches[batch].column("record")
         return json.loads(column[number - self._starts[batch]].as_py())

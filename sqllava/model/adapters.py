@@ -4,13 +4,11 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import nn
 
 from sqllava.model.model import SQLlavaForConditionalGeneration
@@ -88,8 +86,8 @@ def prepare_training(
             lora = training.vision_lora if "vision_tower." in name else training.language_lora
             assert lora is not None
             module.lora_dropout["default"] = nn.Dropout(lora.dropout)
-        elif training.projector and name.endswith(f"{PROJECTOR}.modules_to_save.default"):
-            _train_projector(module, True)
+        elif name.endswith(f"{PROJECTOR}.modules_to_save.default"):
+            _train_projector(module, training.projector)
     return peft_model
 
 
@@ -100,7 +98,8 @@ def _lora_config(training: Training) -> LoraConfig:
         target_modules="|".join(f"({targets})" for targets in active) or NO_TARGETS,
         rank_pattern={targets: lora.rank for targets, lora in active.items()},
         alpha_pattern={targets: lora.alpha for targets, lora in active.items()},
-        modules_to_save=[PROJECTOR] if training.projector else None,
+        # Also a frozen projector belongs to the result: no base has it.
+        modules_to_save=[PROJECTOR],
         bias=training.lora_bias,  # type: ignore[arg-type]
     )
 
@@ -190,11 +189,6 @@ def is_first_rank() -> bool:
     """Whether this process is rank 0, or the only one."""
     initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not initialized or torch.distributed.get_rank() == 0
-
-
-def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """Reads the tensors of one of our adapter directories."""
-    return load_file(folder / ADAPTER_WEIGHTS)
 
 
 def trained_parts(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -194,7 +194,7 @@ def load(
     else:
         model = SQLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     processor = SQLlavaProcessor.from_pretrained(folder)
-    return model.to(device).eval(), processor
+    return cast(Any, model).to(device).eval(), processor
 
 
 def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -224,9 +224,13 @@ def load_base(
     """The model under an adapter directory, for `PeftModel.from_pretrained`."""
     config = SQLlavaConfig.from_pretrained(folder)
     settings = json.loads((Path(folder) / "config.json").read_text())
+    language_model = base or config.base_language_model
+    tower = vision_tower or config.base_vision_tower
+    if not language_model or not tower:
+        raise ValueError(f"{folder}: its config names no base: pass base and vision_tower")
     model, _ = assemble(
-        base or config.base_language_model,
-        vision_tower or config.base_vision_tower,
+        language_model,
+        tower,
         dtype=dtype,
         select_layer=config.select_layer,
         **{name: settings[name] for name in CARRIED_SETTINGS if name in settings},

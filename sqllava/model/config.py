@@ -22,6 +22,8 @@ class SQLlavaConfig(LlavaConfig):
 
     model_type = "sqllava"
 
+    vision_config: Any = None
+    text_config: Any = None
     projector_type: str = "cluster"
     projector_options: dict[str, Any] | None = None
     image_aspect_ratio: str = "pad"

@@ -1,9 +1,9 @@
 """The model: transformers' Llava with our projector, and a loss only where there are labels.
 
-    pixel_values -> vision tower -> projector -> spliced in at `<image>` -> language model -> loss
+pixel_values -> vision tower -> projector -> spliced in at `<image>` -> language model -> loss
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaPreTrainedModel,
+)
+from transformers import (
     initialization as init,
 )
 from transformers.cache_utils import Cache
@@ -60,8 +62,8 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
             vision_tower = AutoModel.from_config(config.vision_config)
         if language_model is None:
             language_model = AutoModel.from_config(config.text_config)
-        self.vision_tower = vision_tower
-        self.multi_modal_projector = build_projector(
+        self.vision_tower: Any = vision_tower
+        self.multi_modal_projector: Any = build_projector(
             config.projector_type,
             config.vision_config.hidden_size,
             config.text_config.hidden_size,
@@ -90,7 +92,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
         outputs.pooler_output = list(self.multi_modal_projector(features))
         return outputs
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -124,14 +126,15 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
             image_outputs = self.get_image_features(pixel_values)
         image_features = None
         if inputs_embeds is None:
+            assert input_ids is not None
             at_image = input_ids == self.config.image_token_id  # [B, S]
             # The placeholder's id may lie past the vocabulary: it has no embedding of its own.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(at_image, 0))
             if image_outputs is not None:
-                image_features = torch.cat(list(image_outputs.pooler_output))  # [I * tokens, d]
+                image_features = _joined(image_outputs)  # [I * tokens, d]
                 inputs_embeds = _splice(inputs_embeds, at_image, image_features)
         if blank_image and image_outputs is None:
-            inputs_embeds = inputs_embeds + 0.0 * self._blank_features().sum()
+            inputs_embeds = inputs_embeds + 0.0 * self._blank_features().sum().to(inputs_embeds)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -150,9 +153,13 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
 
     def _blank_features(self) -> torch.Tensor:
         size = self.config.vision_config.image_size
-        embedding = self.get_input_embeddings().weight
-        blank = torch.zeros(1, 3, size, size, device=embedding.device)
-        return torch.cat(list(self.get_image_features(blank).pooler_output))
+        blank = torch.zeros(1, 3, size, size, device=self.vision_tower.device)
+        return _joined(self.get_image_features(blank))
+
+
+def _joined(image_outputs: BaseModelOutputWithPooling) -> torch.Tensor:
+    """All images' features in one row: [I * tokens, d]."""
+    return torch.cat(list(cast(Any, image_outputs.pooler_output)))
 
 
 def _splice(
@@ -187,7 +194,7 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
         self.lm_head = lm_head
         self.post_init()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -228,7 +235,9 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
         if labels is not None:
             loss = self._loss(hidden, labels, num_items_in_batch)
         else:
-            last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            last = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
             logits = self.lm_head(hidden[:, last])  # [B, kept, V]
         return LlavaCausalLMOutputWithPast(
             loss=loss,
@@ -248,4 +257,3 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
         logits = self.lm_head(hidden[:, :-1][labelled])  # [T, V]
         total = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
         return total / (items if items is not None else max(len(targets), 1))
-

@@ -33,6 +33,8 @@ class SQLlavaProcessor(LlavaProcessor):
         num_additional_image_tokens: int = 1,
         **kwargs: Any,
     ) -> None:
+        if tokenizer is None or image_processor is None:
+            raise ValueError("an SQLlavaProcessor needs an image processor and a tokenizer")
         add_image_token(tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -61,7 +63,7 @@ class SQLlavaProcessor(LlavaProcessor):
         """Ids of a prompt whose last turn is open, in the model's own template."""
         return encode_prompt(turns, self.conversation_template, self.tokenizer, self.image_tokens)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         images: Image.Image | Sequence[Image.Image] | None = None,
         text: str | Sequence[str] | None = None,
@@ -116,9 +118,7 @@ def build_processor(
         )
     kept = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")
     settings = {name: image_settings[name] for name in kept if name in image_settings}
-    image_processor = LlavaImageProcessorPil(
-        **settings, do_pad=config.image_aspect_ratio == "pad"
-    )
+    image_processor = LlavaImageProcessorPil(**settings, do_pad=config.image_aspect_ratio == "pad")
     return SQLlavaProcessor(
         image_processor,
         tokenizer,

@@ -26,9 +26,7 @@ SELECT_FEATURES = {"patch": "default", "cls_patch": "full"}
 class ModelArguments:
     """Which model, and which of its parts train."""
 
-    model_name_or_path: str = field(
-        metadata={"help": "Language model (Vicuna), or a whole model of ours: folder or id."}
-    )
+    model_name_or_path: str = field(metadata={"help": "Language model (Vicuna): folder or id."})
     vision_tower: str | None = field(
         default=None, metadata={"help": "Vision tower (CLIP ViT-L/14-336): folder or id."}
     )
@@ -141,7 +139,9 @@ class TrainArguments(TrainingArguments):
         default=False, metadata={"help": "Batches of one modality and of like lengths."}
     )
     group_by_length: bool = field(default=False, metadata={"help": "Batches of like lengths."})
-    bits: int = field(default=16, metadata={"help": "16, or 8 or 4 to quantise the language model."})
+    bits: int = field(
+        default=16, metadata={"help": "16, or 8 or 4 to quantise the language model."}
+    )
     warmup_ratio: float = field(
         default=0.0, metadata={"help": "Share of the steps that warm up (or --warmup_steps)."}
     )
@@ -217,7 +217,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     arguments = Arguments(*cast(tuple[ModelArguments, DataArguments, TrainArguments], parsed))
     faults = find_faults(arguments)
     if faults:
-        raise ValueError("these flags cannot go together:\n" + "\n".join(f"  - {f}" for f in faults))
+        raise ValueError(
+            "these flags cannot go together:\n" + "\n".join(f"  - {f}" for f in faults)
+        )
     return arguments
 
 
@@ -233,6 +235,8 @@ def find_faults(arguments: Arguments) -> list[str]:
 def _model_faults(arguments: Arguments) -> list[str]:
     model, training = arguments.model, arguments.training
     faults = []
+    if not model.vision_tower:
+        faults.append("--vision_tower is missing, such as openai/clip-vit-large-patch14-336")
     if model.version not in TEMPLATES:
         faults.append(f"--version {model.version!r} is unknown; choose from {list(TEMPLATES)}")
     try:
@@ -291,7 +295,9 @@ def _training_faults(arguments: Arguments) -> list[str]:
     if train.mm_projector_lr is not None and not training.projector:
         faults.append("--mm_projector_lr with a frozen projector")
     if train.lora_enable and arguments.model.tune_mm_mlp_adapter:
-        faults.append("--lora_enable with --tune_mm_mlp_adapter: stage 1 freezes the language model")
+        faults.append(
+            "--lora_enable with --tune_mm_mlp_adapter: stage 1 freezes the language model"
+        )
     for flag in ("lora_r", "lora_alpha", "lora_r_vit", "lora_alpha_vit", "model_max_length"):
         if getattr(train, flag) < 1:
             faults.append(f"--{flag} {getattr(train, flag)} must be at least 1")

@@ -13,9 +13,7 @@ def learning_rates(arguments: TrainArguments) -> dict[str, float]:
     """Each part's learning rate; a part without its own takes the base rate."""
     own = {"projector": arguments.mm_projector_lr, "vision tower": arguments.vision_tower_lr}
     rates = {part: own.get(part) for part in PARTS}
-    return {
-        part: arguments.learning_rate if rate is None else rate for part, rate in rates.items()
-    }
+    return {part: arguments.learning_rate if rate is None else rate for part, rate in rates.items()}
 
 
 def build_param_groups(
@@ -30,7 +28,7 @@ def build_param_groups(
         left out. Every parameter that trains is in exactly one.
     """
     rates = learning_rates(arguments)
-    groups = {
+    groups: dict[tuple[str, bool], dict[str, Any]] = {
         (part, decays): {
             "params": [],
             "part": part,

@@ -1,12 +1,13 @@
 """The training entry: flags -> model, data, trainer -> adapter directory, in ten named steps."""
 
+import contextlib
 import json
 import logging
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +26,7 @@ from sqllava.model.adapters import is_first_rank, load_adapter_state, prepare_tr
 from sqllava.model.checkpoint import assemble
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
-from sqllava.model.stage1 import read_stage1
+from sqllava.model.stage1 import merge_stage1, read_stage1
 from sqllava.train.arguments import (
     SELECT_FEATURES,
     Arguments,
@@ -48,20 +49,30 @@ RUN_FILE = "sqllava_run.json"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one stage of training; see `python -m sqllava.train --help`."""
-    try:
+    with plain_errors():
         arguments = parse_arguments(argv)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    set_up(arguments)
-    model, processor = build_model(arguments)
-    dataset = build_dataset(arguments, arguments.data.data_path, processor)
-    trained = prepare_training(model, arguments.training)
-    start_from_stage1(arguments, trained)
+        set_up(arguments)
+        model, processor = build_model(arguments)
+        dataset = build_dataset(arguments, arguments.data.data_path, processor)
+        trained = prepare_training(model, arguments.training)
+        start_from_stage1(arguments, trained)
     audit = GradientAudit(trained, learning_rates(arguments.train))
     logger.info("what trains:\n%s", audit.table())
     trainer = build_trainer(arguments, trained, processor, dataset, audit)
     trainer.train(resume_from_checkpoint=find_checkpoint(arguments))
     save_result(arguments, trainer)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns what the user can mend into one message without a traceback, which --log_level debug
+    brings back."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "debug" in sys.argv:
+            raise
+        raise SystemExit(f"error: {error}") from None
 
 
 def set_up(arguments: Arguments) -> None:
@@ -107,11 +118,13 @@ def build_model(
 ) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor]:
     """The model in the precision of the run, and its processor."""
     flags, train = arguments.model, arguments.train
-    options = {"centres": flags.num_latents} if flags.mm_projector_type.startswith("cluster") else {}
+    options = (
+        {"centres": flags.num_latents} if flags.mm_projector_type.startswith("cluster") else {}
+    )
     dtype = _dtype(arguments)
     model, processor = assemble(
         flags.model_name_or_path,
-        flags.vision_tower,
+        cast(str, flags.vision_tower),
         dtype=dtype,
         attn_implementation=flags.attn_implementation or _attention(dtype),
         quantization_config=_quantization(train.bits, dtype),
@@ -182,10 +195,22 @@ def start_from_stage1(
     path = arguments.model.pretrain_mm_mlp_adapter
     if path is None:
         return
-    layers = trained.config.vision_config.num_hidden_layers
-    state = read_stage1(Path(path), layers)
-    parts = ["projector"] + ["vision tower"] * (arguments.training.vision_lora is not None)
-    load_adapter_state(trained, state, parts, path)
+    layers = cast(Any, trained.config).vision_config.num_hidden_layers
+    stage1 = read_stage1(Path(path), layers)
+    if not isinstance(trained, PeftModel):
+        merge_stage1(trained, stage1)
+        logger.info("starting from %s, merged in", path)
+        return
+    parts = ["projector"]
+    if arguments.training.vision_lora is not None:
+        parts.append("vision tower")
+        alpha = arguments.training.vision_lora.alpha
+        if stage1.vision_alpha not in (None, alpha):
+            raise ValueError(
+                f"{path} was trained with a ViT-LoRA alpha of {stage1.vision_alpha}, but "
+                f"--lora_alpha_vit is {alpha}: its weights would act with another strength"
+            )
+    load_adapter_state(trained, stage1.state, parts, path)
     logger.info("starting from %s: %s", path, " and ".join(parts))
 
 
@@ -237,7 +262,8 @@ def write_run_file(arguments: Arguments, output_dir: Path) -> None:
         "data": asdict(arguments.data),
         "training": arguments.train.to_sanitized_dict(),
         "zero_stage": zero_stage(arguments.train),
-        "packages": {name: _version(name) for name in packages} | {"python": platform.python_version()},
+        "packages": {name: _version(name) for name in packages}
+        | {"python": platform.python_version()},
     }
     unfinished = output_dir / f"{RUN_FILE}.tmp"
     unfinished.write_text(json.dumps(run, indent=1, default=str) + "\n")

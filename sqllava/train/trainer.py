@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from sqllava.data.dataset import InstructionDataset
@@ -45,8 +45,8 @@ class SQLlavaTrainer(Trainer):
     args: TrainArguments
     train_dataset: InstructionDataset
 
-    def __init__(self, *args: Any, audit: GradientAudit, max_bad_samples: int, **kwargs: Any):
-        super().__init__(*args, callbacks=[audit], **kwargs)
+    def __init__(self, *, audit: GradientAudit, max_bad_samples: int, **kwargs: Any) -> None:
+        super().__init__(callbacks=[audit], **kwargs)
         self.audit = audit
         self.max_bad_samples = max_bad_samples
         self.counts: Counter[str] = Counter()
@@ -69,13 +69,13 @@ class SQLlavaTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or --optim) over `build_param_groups`."""
         if self.optimizer is None:
-            model = self.model if model is None else model
+            model = cast(PreTrainedModel, self.model if model is None else model)
             groups = build_param_groups(model.named_parameters(), self.args)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
@@ -165,7 +165,7 @@ def save_adapter(model: PeftModel, state: dict[str, torch.Tensor], folder: Path)
     unfinished = folder / f"{ADAPTER_WEIGHTS}.tmp"
     save_file(state, unfinished, metadata={"format": "pt"})
     unfinished.replace(folder / ADAPTER_WEIGHTS)
-    model.get_base_model().config.save_pretrained(folder)
+    cast(PreTrainedModel, model.get_base_model()).config.save_pretrained(folder)
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:

@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained model and a report, on two CPU cores in some ten minutes:
+#     bash scripts/quickstart.sh              the miniature world, in checkpoints/shapes
+#     QUICK=1 bash scripts/quickstart.sh      a smoke run of two minutes, in checkpoints/shapes-quick
+# A step is skipped when its result is there. What a step prints goes to the folder's logs/. To start
+# over, remove the folder.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$REPO"
+
+OUT=checkpoints/shapes
+SCENES=(--scenes-pretrain 6000 --scenes-finetune 12000 --eval-scenes 600)
+ASKED_SCENES=100
+BRIEF=()
+if [ "${QUICK:-0}" = 1 ]; then
+    OUT=checkpoints/shapes-quick
+    SCENES=(--scenes-pretrain 256 --scenes-finetune 256 --eval-scenes 40)
+    ASKED_SCENES=10
+    BRIEF=(--max_steps 4 --logging_steps 1)
+fi
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# In the order of the steps; each step's result is a folder in $OUT.
+RESULTS=(data stage1 stage2 eval demo report)
+skipped_seconds=0 # what steps took that an earlier run has done
+
+main() {
+    mkdir -p "$OUT/logs" "$OUT/done"
+    drop_stale_results
+    header "environment"
+    use_environment train
+    # DeepSpeed compiles its shared-memory op at first use; let it do so beside the drawing.
+    compile_op >"$OUT/logs/compile.log" 2>&1 &
+    step data "drawing scenes, writing captions, conversations and questions" make_data
+    wait
+    step stage1 "stage 1, alignment: 2 processes, ZeRO-2" train_stage1
+    step stage2 "stage 2, self-questioning: 2 processes, ZeRO-3" train_stage2
+    step eval "evaluation on held-out scenes" evaluate
+    step demo "the demo on held-out scenes" run_demo
+    step report "report" write_report
+    cat "$OUT/demo/demo.txt"
+    python demo/shapes/report.py --output "$OUT/report" --print
+    header "done; open $OUT/report/index.html"
+}
+
+# Results belong to the base models, the world and the values that made them.
+drop_stale_results() {
+    local made_from
+    made_from=$(cat demo/shapes/base/*/* demo/shapes/{world,make_data}.py scripts/{quickstart,launch}.sh \
+        scripts/{pretrain_clu,finetune_lora_clu_sq}.sh | sha256sum)
+    if [ "$(cat "$OUT/made_from" 2>/dev/null)" != "$made_from" ]; then
+        rm -rf "${RESULTS[@]/#/$OUT/}" "${RESULTS[@]/#/$OUT/done/}"
+        echo "$made_from" >"$OUT/made_from"
+    fi
+}
+
+compile_op() {
+    DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+ShareMemCommBuilder().load()'
+}
+
+make_data() {
+    python demo/shapes/make_data.py --out "$1" "${SCENES[@]}"
+}
+
+# Both stages: the scripts of the real system, with the miniature world's values.
+train() {
+    local script=$1
+    shift
+    env MODEL=demo/shapes/base/lm VISION_TOWER=demo/shapes/base/tower NPROC=2 WORKERS=1 \
+        IMAGE_FOLDER="$OUT/data/mixTraindata" PROJECTOR_TYPE=cluster NUM_LATENTS=9 \
+        LORA_R_VIT=16 LORA_ALPHA_VIT=32 MAX_LENGTH=512 CHECKPOINTING=False SAVE_STEPS=100000 \
+        "$@" bash "$script" --lora_dropout_vit 0 "${BRIEF[@]}"
+}
+
+train_stage1() {
+    train scripts/pretrain_clu.sh OUTPUT_DIR="$1" \
+        DATA_PATH="$OUT/data/mixTraindata/shapes_pretrain.json" \
+        GLOBAL_BATCH=32 BATCH=16 EPOCHS=1 LR=2e-3 VIT_LR=1e-3
+}
+
+train_stage2() {
+    train scripts/finetune_lora_clu_sq.sh OUTPUT_DIR="$1" PRETRAIN="$OUT/stage1" \
+        DATA_PATH="$OUT/data/mixTraindata/shapes_finetune.json" \
+        GLOBAL_BATCH=16 BATCH=8 EPOCHS=1 LORA_R=64 LORA_ALPHA=128 LR=2e-3 PROJECTOR_LR=1e-3 \
+        VIT_LR=5e-4
+}
+
+evaluate() {
+    OMP_NUM_THREADS=2 python demo/shapes/evaluate.py --model "$OUT/stage2" --data "$OUT/data" \
+        --output "$1" --asked-scenes "$ASKED_SCENES"
+}
+
+run_demo() {
+    mkdir -p "$1"
+    local images
+    images=("$OUT"/data/eval/images/00000[0-3].jpg)
+    python demo/visual_questioning.py --model_path "$OUT/stage2" --n_shot 3 --seed 0 \
+        --image "${images[@]}" >"$1/demo.txt"
+}
+
+write_report() {
+    python demo/shapes/report.py --run "$OUT" --output "$1" --seconds $((SECONDS + skipped_seconds))
+}
+
+header() {
+    printf '[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"
+}
+
+# step NAME TITLE FUNCTION: calls FUNCTION FOLDER, unless an earlier run has done so. A step that runs
+# makes the results of all later ones stale: they go.
+step() {
+    local name=$1 title=$2 work=$3 result later="" status started=$SECONDS
+    if [ -e "$OUT/done/$name" ]; then
+        header "$title: skipped, the result is there ($OUT/$name)"
+        skipped_seconds=$((skipped_seconds + $(cat "$OUT/done/$name")))
+        return
+    fi
+    header "$title (log: $OUT/logs/$name.log)"
+    for result in "${RESULTS[@]}"; do
+        [ -z "$later" ] || rm -rf "${OUT:?}/$result" "$OUT/done/$result"
+        [ "$result" != "$name" ] || later=yes
+    done
+    # Not within `if`, where bash would not stop at the first failing command.
+    set +e
+    (set -e && "$work" "$OUT/$name") >"$OUT/logs/$name.log" 2>&1
+    status=$?
+    set -e
+    if ((status)); then
+        tail -n 30 "$OUT/logs/$name.log" >&2
+        echo "error: '$title' failed; the whole log is $OUT/logs/$name.log" >&2
+        exit "$status"
+    fi
+    echo $((SECONDS - started)) >"$OUT/done/$name"
+}
+
+main "$@"

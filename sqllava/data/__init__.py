@@ -1,0 +1,1 @@
+"""The data path: records -> index -> samples -> batches, and the order they come in."""
