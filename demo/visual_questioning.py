@@ -55,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("top_k", type=int, default=300, help="of the questions")
     add("top_p", type=float, default=0.95, help="of the questions")
     add("num_beams", type=int, default=1, help="of the description and the answers")
-    add("max_new_tokens", type=int, default=300, help="longest question")
+    add("max_new_tokens", type=int, help="longest text (default: 1024, and 300 for questions)")
     add("do_sample", action="store_true", help="accepted for old scripts: questions always are")
     add("seed", type=int, help="makes the questions reproducible")
     add("device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
@@ -99,9 +99,9 @@ def load_questioner(args: argparse.Namespace):
 
 def question_image(questioner, path: str, image: Image.Image, args: argparse.Namespace):
     """Describes an image, asks about it, and answers each question."""
-    from sqllava.ask import Decoding, describing
+    from sqllava.ask import ANSWER_TOKENS, QUESTION_TOKENS, Decoding, describing
 
-    answering = Decoding(num_beams=args.num_beams)
+    answering = Decoding(args.max_new_tokens or ANSWER_TOKENS, num_beams=args.num_beams)
     encoded = questioner.encode([image])
     description = questioner.describe_batch(encoded, answering)[0]
     context = describing(description)
@@ -111,7 +111,7 @@ def question_image(questioner, path: str, image: Image.Image, args: argparse.Nam
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.max_new_tokens or QUESTION_TOKENS,
         seed=args.seed,
         context=context,
     )

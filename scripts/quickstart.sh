@@ -2,8 +2,8 @@
 # From a fresh clone to a trained model and a report, on two CPU cores in some ten minutes:
 #     bash scripts/quickstart.sh              the miniature world, in checkpoints/shapes
 #     QUICK=1 bash scripts/quickstart.sh      a smoke run of two minutes, in checkpoints/shapes-quick
-# A step is skipped when its result is there. What a step prints goes to the folder's logs/. To start
-# over, remove the folder.
+# A step is skipped when its result is there; what it prints goes to the folder's logs/. To start over,
+# remove the folder.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$REPO"
@@ -66,10 +66,10 @@ make_data() {
 train() {
     local script=$1
     shift
-    env MODEL=demo/shapes/base/lm VISION_TOWER=demo/shapes/base/tower NPROC=2 WORKERS=1 \
+    env MODEL=demo/shapes/base/lm VISION_TOWER=demo/shapes/base/tower NPROC=2 WORKERS=0 \
         IMAGE_FOLDER="$OUT/data/mixTraindata" PROJECTOR_TYPE=cluster NUM_LATENTS=9 \
         LORA_R_VIT=16 LORA_ALPHA_VIT=32 MAX_LENGTH=512 CHECKPOINTING=False SAVE_STEPS=100000 \
-        "$@" bash "$script" --lora_dropout_vit 0 "${BRIEF[@]}"
+        "$@" bash "$script" --lora_dropout_vit 0 --lora_dropout 0 "${BRIEF[@]}"
 }
 
 train_stage1() {
@@ -81,12 +81,12 @@ train_stage1() {
 train_stage2() {
     train scripts/finetune_lora_clu_sq.sh OUTPUT_DIR="$1" PRETRAIN="$OUT/stage1" \
         DATA_PATH="$OUT/data/mixTraindata/shapes_finetune.json" \
-        GLOBAL_BATCH=16 BATCH=8 EPOCHS=1 LORA_R=64 LORA_ALPHA=128 LR=2e-3 PROJECTOR_LR=1e-3 \
+        GLOBAL_BATCH=16 BATCH=8 EPOCHS=1 LORA_R=32 LORA_ALPHA=64 LR=2e-3 PROJECTOR_LR=1e-3 \
         VIT_LR=5e-4
 }
 
 evaluate() {
-    OMP_NUM_THREADS=2 python demo/shapes/evaluate.py --model "$OUT/stage2" --data "$OUT/data" \
+    OMP_NUM_THREADS=$(nproc) python demo/shapes/evaluate.py --model "$OUT/stage2" --data "$OUT/data" \
         --output "$1" --asked-scenes "$ASKED_SCENES"
 }
 
@@ -95,6 +95,7 @@ run_demo() {
     local images
     images=("$OUT"/data/eval/images/00000[0-3].jpg)
     python demo/visual_questioning.py --model_path "$OUT/stage2" --n_shot 3 --seed 0 \
+        --max_new_tokens 40 \
         --image "${images[@]}" >"$1/demo.txt"
 }
 
@@ -120,11 +121,13 @@ step() {
         [ -z "$later" ] || rm -rf "${OUT:?}/$result" "$OUT/done/$result"
         [ "$result" != "$name" ] || later=yes
     done
+    follow "$OUT/logs/$name.log"
     # Not within `if`, where bash would not stop at the first failing command.
     set +e
     (set -e && "$work" "$OUT/$name") >"$OUT/logs/$name.log" 2>&1
     status=$?
     set -e
+    unfollow
     if ((status)); then
         tail -n 30 "$OUT/logs/$name.log" >&2
         echo "error: '$title' failed; the whole log is $OUT/logs/$name.log" >&2
@@ -133,4 +136,22 @@ step() {
     echo $((SECONDS - started)) >"$OUT/done/$name"
 }
 
+# On a terminal, shows the newest line of a log, such as a progress bar, until `unfollow`.
+follow() {
+    [ -t 1 ] || return 0
+    while sleep 1; do
+        printf '\r\033[K    %.90s' "$(tail -c 400 "$1" 2>/dev/null | tr '\r' '\n' | grep . | tail -n 1)"
+    done &
+    follower=$!
+}
+
+unfollow() {
+    [ -n "$follower" ] || return 0
+    kill "$follower"
+    follower=
+    printf '\r\033[K'
+}
+
+follower=
+trap unfollow EXIT
 main "$@"

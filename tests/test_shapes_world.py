@@ -1,4 +1,4 @@
-"""The miniature world: its questions, its data files and its base models are what they claim to be."""
+"""The miniature world: its questions, data files and base models are what they claim to be."""
 
 import importlib
 import json

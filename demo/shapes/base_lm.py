@@ -1,9 +1,4 @@
-"""The base language model: a small Llama taught, step by step, to look things up in its context.
-
-Small transformers find in-context lookup suddenly and late when they must find it through long
-conversations. Short documents in which nearly every token is a lookup (`recall`) bring it within a
-few hundred steps; questions, roles and the real templates are then put around it.
-"""
+"""The base language model: a small Llama taught, step by step, to look things up in its context."""
 
 from __future__ import annotations
 
@@ -17,49 +12,18 @@ from typing import Any
 
 import torch
 import world
+from base_text import Document, DocumentMaker
 from muon import make_optimizers, take_step
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from sqllava.conversation import TEMPLATES, Template, Turn
-from sqllava.encoding import (
-    IGNORE_INDEX,
-    add_image_token,
-    encode_prompt,
-    encode_record,
-    image_token_id,
-)
+from sqllava.conversation import Turn
+from sqllava.encoding import encode_prompt
 
 logger = logging.getLogger(__name__)
 
-# What a target counts in the loss: answers are the lessons, the rest is there to be fluent.
-ANSWER, CAPTION, QUESTION, REST = 1.0, 0.5, 0.2, 0.05
 _WINDOW = 100
-RECALL_QUERIES = 12
-_COPIED = (
-    *world.COLORS,
-    *world.SHAPES,
-    *world.SIZES,
-    *world.PLACES,
-    "color",
-    "shape",
-    "size",
-    "Where",
-)
-# In the order in which a phrase has them, and by what a short query asks for each.
-_ASKED = {"place": "Where", "size": "size", "color": "color"}
-_ATTRIBUTES = tuple(_ASKED)
-_BARE = Template("bare", "", TEMPLATES["v1_sq"].tags, self_questions=True)
-
-
-@dataclass
-class Document:
-    """Token ids, the weight of each as a target, and where which kind of answer begins."""
-
-    ids: list[int]
-    weights: list[float]
-    probes: list[tuple[int, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -73,11 +37,11 @@ class Phase:
 
 
 PHASES = (
-    Phase("pairs", {"pairs": 0.75, "copies": 0.25}, 0.9, 1000),
-    Phase("recall", {"recall": 0.9, "copies": 0.1}, 0.97, 2500),
-    Phase("questions", {"recall": 0.25, "questions": 0.75}, 0.97, 3000),
-    Phase("roles", {"recall": 0.05, "questions": 0.25, "bare": 0.55, "caption": 0.15}, 0.97, 2000),
-    Phase("templates", {"questions": 0.1, "bare": 0.25, "chat": 0.5, "caption": 0.15}, 2.0, 1500),
+    Phase("pairs", {"pairs": 0.9, "copies": 0.1}, 0.95, 800),
+    Phase("recall", {"recall": 0.9, "copies": 0.1}, 0.95, 800),
+    Phase("questions", {"recall": 0.25, "questions": 0.75}, 0.93, 1200),
+    Phase("roles", {"recall": 0.1, "questions": 0.3, "bare": 0.45, "caption": 0.15}, 0.97, 800),
+    Phase("templates", {"questions": 0.1, "bare": 0.3, "chat": 0.45, "caption": 0.15}, 2.0, 600),
 )
 
 
@@ -125,180 +89,20 @@ def prime(model: LlamaForCausalLM) -> None:
         attention.v_proj.weight.copy_(copy)
         attention.o_proj.weight.copy_(copy.T)
         if number:
-            like = torch.empty(width, width).normal_(std=0.07)
+            like = torch.empty(width, width).normal_(std=0.09)
             like[:, 0] = 0.0
             attention.q_proj.weight.copy_(like)
             attention.k_proj.weight.copy_(like)
             continue
+        attention.q_proj.weight.mul_(0.2)
+        attention.k_proj.weight.mul_(0.2)
         for head in range(config.num_attention_heads):
             back = (head + 1) * angles
             rows = slice(head * head_dim, (head + 1) * head_dim)
             attention.q_proj.weight[rows, 0] = torch.cat([sharp, torch.zeros_like(sharp)]) / seen
-            attention.k_proj.weight[rows, 0] = torch.cat([sharp * back.cos(), sharp * back.sin()]) / seen
-
-
-# --- documents ------------------------------------------------------------------------------------
-
-
-class DocumentMaker:
-    """Draws the base model's documents; the scene stands, in words, where an image will stand."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        add_image_token(tokenizer)
-        self.tokenizer = tokenizer
-        self.rng = random.Random(seed)
-        self.image_id = image_token_id(tokenizer)
-        self.assistant_ids = {
-            tokenizer.convert_tokens_to_ids(p) for p in ("ASSISTANT", "▁ASSISTANT")
-        }
-        self._cache: dict[str, list[int]] = {}
-        self.makers: dict[str, Callable[[], Document]] = {
-            "copies": self.copies,
-            "pairs": self.pairs,
-            "recall": self.recall,
-            "questions": self.questions,
-            "bare": lambda: self.chat(_BARE),
-            "chat": lambda: self.chat(TEMPLATES[self.rng.choice(("v1", "v1_sq", "v1_sq"))]),
-            "caption": self.caption,
-        }
-
-    def draw(self, shares: dict[str, float]) -> Document:
-        return self.makers[self.rng.choices(list(shares), weights=list(shares.values()))[0]]()
-
-    def copies(self) -> Document:
-        """Random words over and over: each round copies the one before."""
-        words = [
-            self._ids(word)[0] for word in self.rng.choices(_COPIED, k=self.rng.randint(6, 16))
-        ]
-        rounds = words * (64 // len(words))
-        weights = [0.0] * (1 + len(words)) + [ANSWER] * (len(rounds) - len(words))
-        return Document([self.tokenizer.bos_token_id, *rounds], weights)
-
-    def pairs(self) -> Document:
-        """Things of a shape and one attribute, "red circle, blue star,", and short queries."""
-        return self._recall([self.rng.choice(_ATTRIBUTES)])
-
-    def recall(self) -> Document:
-        """Things of a shape and some attributes, up to a scene's full words, and short queries."""
-        return self._recall(self.rng.sample(_ATTRIBUTES, self.rng.randint(1, len(_ATTRIBUTES))))
-
-    def _recall(self, names: Sequence[str]) -> Document:
-        """Things told by these attributes, then queries "color circle red shape red circle ...".
-
-        The queries are drawn with replacement: were each asked once, a thing not asked about yet
-        would be a good guess, and guessing well is where the learning of lookup gets stuck.
-        """
-        scene = world.sample_any_scene(self.rng)
-        filled = len(names) == len(_ATTRIBUTES) or self.rng.random() < 0.5
-        phrases, asked = [], []
-        for thing in self.rng.sample(scene.things, len(scene.things)):
-            words = {name: getattr(thing, name) for name in _ATTRIBUTES if name in names}
-            asked += [(f"{_ASKED[name]} {thing.shape}", word, name) for name, word in words.items()]
-            # Forward copying comes first and lays the ground for backward copying: ask both ways.
-            for word in words.values():
-                if (
-                    sum(word in (other.color, other.size, other.place) for other in scene.things)
-                    == 1
-                ):
-                    asked.append((f"shape {word}", thing.shape, "shape"))
-            if filled and "place" in words:
-                words["place"] = f"in the {thing.place} a"
-            phrases.append(" ".join([*words.values(), thing.shape]))
-        ids = [self.tokenizer.bos_token_id, *self._tokenize(", ".join(phrases) + ".")]
-        return self._dense(ids, self.rng.choices(asked, k=RECALL_QUERIES))
-
-    def questions(self) -> Document:
-        """A scene, then questions each followed directly by its answer."""
-        scene = world.sample_any_scene(self.rng)
-        drawn = world.sample_questions(scene, self.rng, 12, unseen_negatives=True)
-        return self._dense(self._start(scene), [(q.text, q.answer, q.kind) for q in drawn])
-
-    def chat(self, template: Template) -> Document:
-        """A conversation of the real data's form, in the ids that training gives it."""
-        scene = world.sample_any_scene(self.rng)
-        turns = [
-            (q.text, q.answer, q.kind) for q in world.sample_questions(scene, self.rng, 10, True)
-        ]
-        if self.rng.random() < 0.4:
-            turns.insert(0, (world.DESCRIBE, world.describe(scene), "describe"))
-        as_text = self.rng.random() < 0.3
-        first = f"The image shows {self._in_words(scene)}\n" if as_text else "<image>\n"
-        conversations = []
-        for number, (question, answer, _) in enumerate(turns):
-            conversations.append(
-                {"from": "human", "value": question if number else first + question}
+            attention.k_proj.weight[rows, 0] = (
+                torch.cat([sharp * back.cos(), sharp * back.sin()]) / seen
             )
-            conversations.append({"from": "gpt", "value": answer})
-        record: dict[str, Any] = {"conversations": conversations}
-        sq_r = 0.6 if template.self_questions else 0.0
-        encoded = encode_record(record, template, self.tokenizer, sq_r=sq_r, rng=self.rng)
-        return self._with_scene(
-            encoded.input_ids, encoded.labels, scene, [kind for _, _, kind in turns]
-        )
-
-    def caption(self) -> Document:
-        """A caption as in stage 1."""
-        scene = world.sample_any_scene(self.rng)
-        turns = [
-            {"from": "human", "value": "<image>\n"},
-            {"from": "gpt", "value": world.describe(scene)},
-        ]
-        encoded = encode_record({"conversations": turns}, "plain", self.tokenizer)
-        return self._with_scene(encoded.input_ids, encoded.labels, scene, [])
-
-    def _in_words(self, scene: world.Scene) -> str:
-        """The scene's things in any order; captions themselves go in reading order."""
-        return world.describe(world.Scene(tuple(self.rng.sample(scene.things, len(scene.things)))))
-
-    def _ids(self, text: str) -> list[int]:
-        if text not in self._cache:
-            self._cache[text] = self._tokenize(text)
-        return self._cache[text]
-
-    def _tokenize(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-
-    def _scene_ids(self, scene: world.Scene) -> list[int]:
-        return self._tokenize(self._in_words(scene))
-
-    def _start(self, scene: world.Scene) -> list[int]:
-        return [self.tokenizer.bos_token_id, *self._scene_ids(scene)]
-
-    def _dense(self, ids: list[int], asked: Sequence[tuple[str, str, str]]) -> Document:
-        document = Document(ids, [REST] * len(ids))
-        for question, answer, kind in asked:
-            document.ids += self._ids(question)
-            document.probes.append((len(document.ids), kind))
-            document.ids += self._ids(answer)
-            document.weights += [REST] * len(self._ids(question)) + [ANSWER] * len(
-                self._ids(answer)
-            )
-        return document
-
-    def _with_scene(
-        self, ids: Sequence[int], labels: Sequence[int], scene: world.Scene, kinds: Sequence[str]
-    ) -> Document:
-        """Puts the scene's words in place of the image and weights each run of targets by what it is."""
-        document = Document([], [])
-        weight, answers = 0.0, iter(kinds)
-        for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
-            if token == self.image_id:
-                words = self._scene_ids(scene)
-                document.ids += words
-                document.weights += [0.0] * len(words)
-                continue
-            if label != IGNORE_INDEX and labels[position - 1] == IGNORE_INDEX:
-                weight = CAPTION
-                if kinds:
-                    is_answer = ids[position - 2] in self.assistant_ids
-                    weight = ANSWER if is_answer else QUESTION
-                    if is_answer and (kind := next(answers)) != "describe":
-                        document.probes.append((len(document.ids), kind))
-                    elif is_answer:
-                        weight = CAPTION
-            document.ids.append(token)
-            document.weights.append(0.0 if label == IGNORE_INDEX else weight)
-        return document
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -338,6 +142,26 @@ def lesson(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, list[bool]]:
     return loss, [bool(right[row, at - 1]) for row, at, _ in batch.probes]
 
 
+@dataclass
+class Tally:
+    """Losses and right answers per kind since the last row of the curve."""
+
+    losses: list[float] = field(default_factory=list)
+    right: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
+
+    def add(self, loss: float, batch: Batch, hits: Sequence[bool]) -> None:
+        self.losses.append(loss)
+        for (_, _, kind), hit in zip(batch.probes, hits, strict=True):
+            self.right[kind] += hit
+            self.asked[kind] += 1
+
+    def row(self) -> dict[str, Any]:
+        accuracy = {kind: round(self.right[kind] / n, 4) for kind, n in sorted(self.asked.items())}
+        loss = round(sum(self.losses) / len(self.losses), 4)
+        return {"loss": loss, "accuracy": accuracy, "lowest": min(accuracy.values())}
+
+
 def train_lm(
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -354,7 +178,7 @@ def train_lm(
         tokenizer: As `base_tokenizer` makes it.
         phases: The curriculum; the last phase's rate falls to zero over its steps.
         batch_size: Documents a step.
-        minutes: The wall-clock budget; what is left over when it ends is not trained.
+        minutes: The wall-clock budget. When the steps would need more, the last phase is cut short.
         seed: Of the weights and of the documents.
         model: A model to go on with.
         on_window: Called after every window of steps with the model and the window's curve row.
@@ -363,43 +187,33 @@ def train_lm(
         The model and its curve: loss and accuracy per kind for each window of steps.
     """
     torch.manual_seed(seed)
-    vocab_size = len(tokenizer)
-    maker = DocumentMaker(tokenizer, seed)
     if model is None:
-        model = LlamaForCausalLM(make_lm_config(vocab_size))
+        model = LlamaForCausalLM(make_lm_config(len(tokenizer)))
         prime(model)
+    maker = DocumentMaker(tokenizer, seed)
     optimizers = make_optimizers(model, muon_lr=0.02, adam_lr=3e-3)
     start, steps, curve = time.monotonic(), 0, []
     for phase in phases:
-        final = phase is phases[-1]
-        right, asked, losses = Counter(), Counter(), []
+        tally, begun = Tally(), time.monotonic()
+        left = 60 * minutes - (begun - start)
         for step in tqdm(range(1, phase.max_steps + 1), desc=f"language model: {phase.name}"):
-            loss, hits = lesson(
-                model, batch := collate([maker.draw(phase.makers) for _ in range(batch_size)])
-            )
+            batch = collate([maker.draw(phase.makers) for _ in range(batch_size)])
+            loss, hits = lesson(model, batch)
             loss.backward()
-            decay = 1.0 - (step - 1) / phase.max_steps if final else 1.0
-            take_step(optimizers, min(1.0, (steps + 1) / 50) * decay)
+            gone = max(step / phase.max_steps, (time.monotonic() - begun) / max(left, 1.0))
+            decay = max(0.0, 1.0 - gone) if phase is phases[-1] else 1.0
             steps += 1
-            losses.append(loss.item())
-            for (_, _, kind), hit in zip(batch.probes, hits, strict=True):
-                right[kind] += hit
-                asked[kind] += 1
-            if step % _WINDOW and step < phase.max_steps:
+            take_step(optimizers, min(1.0, steps / 50) * decay)
+            tally.add(loss.item(), batch, hits)
+            if step % _WINDOW and gone < 1:
                 continue
-            accuracy = {kind: round(right[kind] / asked[kind], 4) for kind in sorted(asked)}
-            row = {
-                "phase": phase.name,
-                "step": steps,
-                "seconds": round(time.monotonic() - start, 1),
-                "loss": round(sum(losses) / len(losses), 4),
-                "accuracy": accuracy,
-            }
+            seconds = round(time.monotonic() - start, 1)
+            row = {"phase": phase.name, "step": steps, "seconds": seconds, **tally.row()}
             curve.append(row)
             logger.info("%s", row)
             on_window(model, row)
-            right, asked, losses = Counter(), Counter(), []
-            if min(accuracy.values()) >= phase.goal or time.monotonic() - start > 60 * minutes:
+            tally = Tally()
+            if row["lowest"] >= phase.goal or gone >= 1:
                 break
     return model, curve
 
@@ -428,26 +242,15 @@ def text_accuracy(
     Returns:
         Accuracy per kind ("color"), per kind and number of things ("color/3"), and over "all".
     """
-    rng = random.Random(seed)
-    cases: list[tuple[list[int], list[int], list[str]]] = []
-    for _ in range(scenes):
-        scene = world.sample_any_scene(rng)
-        for kind in world.KINDS:
-            if question := world.sample_question(scene, rng, kind, unseen_negatives=True):
-                text = f"The image shows {world.describe(scene)}\n{question.text}"
-                prompt = encode_prompt(
-                    [Turn("user", text), Turn("assistant", None)], template, tokenizer
-                )
-                answer = tokenizer(question.answer, add_special_tokens=False).input_ids
-                keys = ["all", kind, f"{kind}/{len(scene.things)}"]
-                cases.append((prompt, [*answer, tokenizer.eos_token_id], keys))
-    right, asked = Counter(), Counter()
+    cases = _text_cases(tokenizer, scenes, seed, template)
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
     for start in range(0, len(cases), 64):
         group = cases[start : start + 64]
-        batch = collate(
-            [Document(prompt + answer, [0.0] * len(prompt + answer)) for prompt, answer, _ in group]
-        )
-        best = model(input_ids=batch.ids).logits.argmax(-1)
+        documents = [
+            Document(prompt + answer, [0.0] * len(prompt + answer)) for prompt, answer, _ in group
+        ]
+        best = model(input_ids=collate(documents).ids).logits.argmax(-1)
         for row, (prompt, answer, keys) in enumerate(group):
             # Greedy decoding gives this answer exactly when each of its tokens is the likeliest.
             at = len(prompt) - 1
@@ -455,3 +258,21 @@ def text_accuracy(
             right.update(dict.fromkeys(keys, int(hit)))
             asked.update(keys)
     return {key: right[key] / asked[key] for key in sorted(asked)}
+
+
+def _text_cases(
+    tokenizer: PreTrainedTokenizerBase, scenes: int, seed: int, template: str
+) -> list[tuple[list[int], list[int], list[str]]]:
+    """Prompts, their answers' ids and the figures that each counts for."""
+    rng = random.Random(seed)
+    cases = []
+    for scene in (world.sample_any_scene(rng) for _ in range(scenes)):
+        for kind in world.KINDS:
+            if question := world.sample_question(scene, rng, kind, unseen_negatives=True):
+                text = f"The image shows {world.describe(scene)}\n{question.text}"
+                turns = [Turn("user", text), Turn("assistant", None)]
+                prompt = encode_prompt(turns, template, tokenizer)
+                answer = tokenizer(question.answer, add_special_tokens=False).input_ids
+                keys = ["all", kind, f"{kind}/{len(scene.things)}"]
+                cases.append((prompt, [*answer, tokenizer.eos_token_id], keys))
+    return cases

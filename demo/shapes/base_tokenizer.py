@@ -1,4 +1,4 @@
-"""The base models' tokenizer: Llama-2 style sentencepiece in which every word of the world is one piece."""
+"""The base models' tokenizer: Llama-2 style, and every word of the world is one piece."""
 
 from __future__ import annotations
 

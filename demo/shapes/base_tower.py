@@ -79,7 +79,7 @@ def write_preprocessor(folder: Path) -> None:
 
 @dataclass
 class Pool:
-    """Pictures as bytes [n, 3, size, size] and the words of each cell's phrase [n, cells, words]."""
+    """Pictures as bytes [n, 3, size, size]; the words of each cell's phrase [n, cells, words]."""
 
     pictures: Tensor
     words: Tensor
@@ -169,8 +169,8 @@ class Contrast(nn.Module):
 
 def train_tower(
     *,
-    pictures: int = 24000,
-    steps: int = 6000,
+    pictures: int = 12000,
+    steps: int = 1500,
     batch_size: int = 64,
     minutes: float = 30.0,
     seed: int = 0,

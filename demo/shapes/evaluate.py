@@ -10,7 +10,6 @@ which `report.py` shows.
 import argparse
 import json
 import logging
-import os
 import random
 import time
 import uuid
@@ -19,7 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import world
 from PIL import Image
 from tqdm import tqdm
@@ -52,7 +50,6 @@ def main() -> None:
     parser.add_argument("--asked-scenes", type=int, default=ASKED_SCENES)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(os.cpu_count() or 1)
     figures = evaluate(args.model, args.data / "eval", args.output, args.asked_scenes)
     single = {name: value for name, value in figures.items() if not isinstance(value, dict)}
     logger.info("%s", json.dumps(single, indent=1))

@@ -3,8 +3,8 @@
     python demo/shapes/make_base.py            # everything, about an hour on two cores
     python demo/shapes/make_base.py --tower    # one part
 
-The results lie in `base/` beside this file, in half precision, as CLIP and Vicuna come trained to the
-real system; `base/curves.json` holds how they were learned and how they were checked.
+The results lie in `base/` beside this file, in half precision, as CLIP and Vicuna come trained to
+the real system; `base/curves.json` holds how they were learned and how they were checked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes the miniature world's data: training records as in mixTraindata, evaluation files as the benchmarks'.
+"""Writes the miniature world's data: training records and evaluation files in the real formats.
 
 python demo/shapes/make_data.py --out data/shapes
 """
@@ -95,7 +95,7 @@ def pretrain_records(count: int, seed: str) -> tuple[list[Record], dict[str, wor
 
 
 def finetune_records(count: int, seed: str) -> tuple[list[Record], dict[str, world.Scene]]:
-    """Stage-2 conversations, some of them without an image, and the scene of each image by its name."""
+    """Stage-2 conversations, some without an image, and the scene of each image by its name."""
     records, scenes = [], {}
     for number in range(count):
         rng = random.Random(f"{seed}/{number}")
@@ -165,7 +165,7 @@ def write_evaluation(folder: Path, scenes: dict[str, world.Scene], seed: str) ->
 def evaluation_questions(
     scenes: dict[str, world.Scene], rng: random.Random
 ) -> list[tuple[str, world.Question]]:
-    """A few questions a scene, each of another kind, every kind equally often where scenes allow it.
+    """A few questions a scene, each of another kind, the kinds about equally often.
 
     Questions about the unseen pair are preferred in the scenes that have one.
     """

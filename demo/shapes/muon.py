@@ -13,7 +13,7 @@ _ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are orthogonalised before each step; matrices of a shape go together."""
+    """Momentum whose matrices are orthogonalised before each step, all of a shape at once."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum})

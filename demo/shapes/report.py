@@ -29,6 +29,7 @@ FIGURES = (
     ("ask_self_answer_correct", "own answers right", 0.80, "to its own grounded questions"),
     ("ask_distinct_of_8", "distinct of 8", 5.0, "different questions per picture"),
 )
+COUNT = "ask_distinct_of_8"  # not a share, as the others are
 TEMPLATE = Path(__file__).with_name("report.html")
 
 Row = dict[str, Any]
@@ -55,7 +56,8 @@ def write_report(run: Path, output: Path, seconds: int | None = None) -> None:
         FileNotFoundError: a step of the run has left nothing; the name of the file says which.
     """
     figures = json.loads((run / "eval" / "figures.json").read_text())
-    figures = {"seconds": seconds, **figures}
+    if seconds is not None:
+        figures = {"seconds": seconds, **figures}
     asked = json.loads((run / "eval" / "asked.json").read_text())
     curves = [(title, losses(run / name / "trainer_state.json")) for name, title in STAGES]
     page = TEMPLATE.read_text()
@@ -89,7 +91,7 @@ def shown(name: str, value: float | None) -> str:
     """A figure for people: a share in per cent, a mean with one decimal."""
     if value is None:
         return "–"
-    return f"{value:.1f}" if name == "ask_distinct_of_8" else f"{100 * value:.1f} %"
+    return f"{value:.1f}" if name == COUNT else f"{100 * value:.1f} %"
 
 
 def summary(figures: Row) -> str:
@@ -105,11 +107,10 @@ def minutes(seconds: float) -> str:
 
 
 def lead(figures: Row) -> str:
-    """What was run, in a line."""
-    took = f", in {minutes(figures['seconds'])} minutes" if figures.get("seconds") else ""
+    """What it was tried on."""
     return (
-        f"{figures['questions']:,} questions about {figures['scenes']:,} held-out scenes; "
-        f"{figures['asked_scenes']} of these to ask about{took}."
+        f"Tried with {figures['questions']:,} questions about {figures['scenes']:,} scenes that it "
+        f"has never seen, and by asking about {figures['asked_scenes']} of these."
     )
 
 
@@ -119,20 +120,27 @@ def figure_cards(figures: Row) -> str:
     for name, label, floor, meaning in FIGURES:
         value = figures[name]
         state = "" if floor is None or value is None else " ok" if value >= floor else " low"
-        goal = f"goal {shown(name, floor)}" if floor is not None else "lower is better"
-        cards.append(
-            f'<div class="card{state}"><b>{shown(name, value)}</b><span>{label}</span>'
-            f"<small>{meaning} · {goal}</small></div>"
-        )
+        if floor is None:
+            goal = "the lower, the better"
+        else:
+            goal = f"goal: {floor:g} or more" if name == COUNT else f"goal: {floor:.0%} or more"
+        cards.append(card(shown(name, value), label, meaning, goal, state))
+    if figures.get("seconds"):
+        cards.append(card(minutes(figures["seconds"]), "minutes", "from data to report", ""))
     return "".join(cards)
+
+
+def card(value: str, label: str, meaning: str, goal: str, state: str = "") -> str:
+    return (
+        f'<div class="card{state}"><b>{value}</b><span>{label}</span>'
+        f"<small>{meaning}<br>{goal}</small></div>"
+    )
 
 
 def bar(value: float | None, kind: str = "") -> str:
     """A table cell with a share and its bar."""
-    width = 100 * (value or 0.0)
-    return (
-        f'<td class="bar {kind}"><i style="width:{width:.1f}%"></i><em>{shown("", value)}</em></td>'
-    )
+    length = f'<i style="--share:{value or 0:.3f}"></i>'
+    return f'<td class="bar {kind}">{length}<em>{shown("", value)}</em></td>'
 
 
 def answer_table(by_kind: Row) -> str:
@@ -230,14 +238,14 @@ def curve_figure(title: str, points: Sequence[tuple[int, float]]) -> str:
 
     grid = ""
     for quarter in range(5):
-        x, y = place(last * quarter / 4, top * quarter / 4).split(",")
+        step, loss = nice_step(last) * quarter, top * quarter / 4
+        y = place(0, loss).split(",")[1]
         grid += f'<line x1="{LEFT}" x2="{WIDTH - 6}" y1="{y}" y2="{y}"/>'
-        grid += (
-            f'<text x="{LEFT - 6}" y="{y}" dy="4" text-anchor="end">{top * quarter / 4:g}</text>'
-        )
-        anchor = "end" if quarter == 4 else "middle"
-        step = round(last * quarter / 4)
-        grid += f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="{anchor}">{step:,}</text>'
+        grid += f'<text x="{LEFT - 6}" y="{y}" dy="4" text-anchor="end">{loss:g}</text>'
+        if step <= last:
+            x = place(step, 0).split(",")[0]
+            anchor = "end" if step == last else "middle"
+            grid += f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="{anchor}">{step:,.0f}</text>'
     raw = " ".join(place(*point) for point in points)
     smooth = " ".join(place(*point) for point in smoothed(points))
     return (
@@ -249,7 +257,7 @@ def curve_figure(title: str, points: Sequence[tuple[int, float]]) -> str:
 
 
 def nice_step(highest: float) -> float:
-    """The smallest round number of which four reach the highest value."""
+    """The smallest round number of which four reach the highest."""
     steps = [factor * 10.0**power for power in range(-4, 5) for factor in (1, 1.5, 2, 2.5, 5)]
     return next(step for step in steps if 4 * step >= highest)
 

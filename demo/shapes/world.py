@@ -1,4 +1,4 @@
-"""The miniature world: scenes of colored shapes, their pictures, captions, questions and true answers.
+"""The miniature world: scenes of colored shapes, their pictures, captions, questions and answers.
 
 Everything that the demo's data, base models and checks know about the world is said here once.
 """
@@ -120,7 +120,7 @@ def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
 
     Args:
         rng: The source of every draw.
-        held_out: With True exactly one thing is a held-out pair of color and shape; with False none.
+        held_out: Whether exactly one thing is a held-out pair of color and shape, or none.
     """
     count = rng.choices((1, 2, 3), weights=(1, 4, 4))[0]
     while True:
@@ -143,7 +143,7 @@ def sample_any_scene(rng: random.Random) -> Scene:
 def place_things(pairs: list[tuple[str, str]], rng: random.Random) -> Scene:
     """Gives pairs of color and shape their sizes and cells."""
     cells = sorted(rng.sample(range(GRID * GRID), len(pairs)))
-    # One draw of the odds a scene, so that all-small and all-large scenes are common enough to count.
+    # One draw of the odds a scene: all-small and all-large scenes must be common enough to count.
     odds = rng.choice((0.15, 0.5, 0.85))
     sizes = [SIZES[rng.random() < odds] for _ in pairs]
     return Scene(
@@ -369,10 +369,10 @@ def _outline(
     shape: str, x: float, y: float, radius: float, angle: float
 ) -> list[tuple[float, float]]:
     """The corners of a shape around (x, y)."""
-    third = radius / 3
+    third, side = radius / 3, radius * 0.85
     corners = {
         "circle": lambda: _star(24, radius * 0.95, radius * 0.95),
-        "square": lambda: [(s * radius * 0.85, t * radius * 0.85) for s, t in ((-1, -1), (1, -1), (1, 1), (-1, 1))],
+        "square": lambda: [(-side, -side), (side, -side), (side, side), (-side, side)],
         "triangle": lambda: [(0.0, -radius), (radius, radius * 0.8), (-radius, radius * 0.8)],
         "star": lambda: _star(5, radius * 1.05, radius * 0.42),
         "cross": lambda: [

@@ -77,7 +77,7 @@ def merge_stage1(model: SQLlavaForConditionalGeneration, stage1: Stage1) -> None
             weight = parameters[f"model.{name.replace('.lora_A.weight', '.weight')}"]
             with gathered([weight], write=True), torch.no_grad():
                 if weight.shape == (len(up), down.shape[1]):
-                    weight += (up @ down * (stage1.vision_alpha or 1) / len(down)).to(weight)
+                    weight.add_(up @ down * ((stage1.vision_alpha or 1) / len(down)))
 
 
 def _read_renamed(file: Path, prefix: str, ours: str) -> dict[str, torch.Tensor]:
