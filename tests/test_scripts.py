@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from transformers import HfArgumentParser
 from training import GOLDEN, REPO, write_data
+from transformers import HfArgumentParser
 
 from sqllava.train.arguments import (
     DataArguments,

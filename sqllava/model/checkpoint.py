@@ -90,7 +90,10 @@ def assemble(
 
 @contextlib.contextmanager
 def _projector_init(dtype: torch.dtype) -> Any:
+    """New weights in the model's dtype, drawn from the seed alone: loading the parts draws too, and
+    not the same with and without ZeRO-3."""
     before = torch.get_default_dtype()
+    torch.manual_seed(torch.initial_seed())
     torch.set_default_dtype(dtype)
     try:
         yield

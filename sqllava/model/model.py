@@ -122,8 +122,12 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
             raise ValueError("pass either pixel_values or mm_encoder_outputs")
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
+        blank = None
+        # Tower first, then embeddings, with and without images: the order must be that of all ranks.
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values)
+        elif blank_image and image_outputs is None:
+            blank = self._blank_features()
         image_features = None
         if inputs_embeds is None:
             assert input_ids is not None
@@ -133,8 +137,8 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
             if image_outputs is not None:
                 image_features = _joined(image_outputs)  # [I * tokens, d]
                 inputs_embeds = _splice(inputs_embeds, at_image, image_features)
-        if blank_image and image_outputs is None:
-            inputs_embeds = inputs_embeds + 0.0 * self._blank_features().sum().to(inputs_embeds)
+        if blank is not None:
+            inputs_embeds = inputs_embeds + 0.0 * blank.sum().to(inputs_embeds)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,

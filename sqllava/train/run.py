@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_up(arguments)
         model, processor = build_model(arguments)
         dataset = build_dataset(arguments, arguments.data.data_path, processor)
+        set_seed(arguments.train.seed)  # new LoRA weights: the same however the model was loaded
         trained = prepare_training(model, arguments.training)
         start_from_stage1(arguments, trained)
     audit = GradientAudit(trained, learning_rates(arguments.train))
