@@ -123,7 +123,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         blank = None
-        # Tower first, then embeddings, with and without images: the order must be that of all ranks.
+        # Tower first, then embeddings, with images and without: all ranks need the same order.
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values)
         elif blank_image and image_outputs is None:
