@@ -1,0 +1,31 @@
+"""The `sqllava` command: hands the rest of its line to the module of the command named first."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# command -> (module whose `main(argv)` runs it, what it does). Modules load when they are called.
+COMMANDS = {
+    "train": ("sqllava.train.run", "train a stage (the scripts call it through DeepSpeed)"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command.
+
+    Raises:
+        SystemExit: there is no such command.
+    """
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return
+    if name not in COMMANDS:
+        raise SystemExit(f"error: no command {name!r}\n\n{usage()}")
+    import_module(COMMANDS[name][0]).main(rest)
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    lines = [f"  {name:10} {what}\n" for name, (_, what) in COMMANDS.items()]
+    return f"usage: sqllava COMMAND ...    (sqllava COMMAND --help)\n\n{''.join(lines)}"
