@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from transformers import enable_full_determinism, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
 from sqllava.data.collate import Collator
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_seed(arguments.train.seed)  # new LoRA weights: the same however the model was loaded
         trained = prepare_training(model, arguments.training)
         start_from_stage1(arguments, trained)
+    if zero_stage(arguments.train) == 3:
+        gather_by_layer(trained)
     audit = GradientAudit(trained, learning_rates(arguments.train))
     logger.info("what trains:\n%s", audit.table())
     trainer = build_trainer(arguments, trained, processor, dataset, audit)
@@ -213,6 +216,21 @@ def start_from_stage1(
             )
     load_adapter_state(trained, stage1.state, parts, path)
     logger.info("starting from %s: %s", path, " and ".join(parts))
+
+
+def gather_by_layer(model: SQLlavaForConditionalGeneration | PeftModel) -> None:
+    """Makes ZeRO-3 gather a transformer layer, or the projector, at once.
+
+    LoRA splits a layer into some sixty small modules. By default each has hooks of its own, before
+    and after it, forward and backward, and gathers and reduces alone.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    inner = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model).model
+    set_z3_leaf_modules(model, [GradientCheckpointingLayer, type(inner.multi_modal_projector)])
+    # A layer's gradients are reduced when the gradient of its input is there: the first layer of
+    # the tower has none of its own accord, and would be reduced before it has run backward.
+    inner.vision_tower.enable_input_require_grads()
 
 
 def build_trainer(
