@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$REPO"
 
 OUT=checkpoints/shapes
-SCENES=(--scenes-pretrain 6000 --scenes-finetune 12000 --eval-scenes 600)
+SCENES=(--scenes-pretrain 6000 --scenes-finetune 5280 --eval-scenes 600)
 ASKED_SCENES=100
 BRIEF=()
 if [ "${QUICK:-0}" = 1 ]; then
@@ -69,7 +69,7 @@ train() {
     env MODEL=demo/shapes/base/lm VISION_TOWER=demo/shapes/base/tower NPROC=2 WORKERS=0 \
         IMAGE_FOLDER="$OUT/data/mixTraindata" PROJECTOR_TYPE=cluster NUM_LATENTS=9 \
         LORA_R_VIT=16 LORA_ALPHA_VIT=32 MAX_LENGTH=512 CHECKPOINTING=False SAVE_STEPS=100000 \
-        "$@" bash "$script" --lora_dropout_vit 0 --lora_dropout 0 --adam_beta2 0.98 \
+        "$@" bash "$script" --lora_dropout_vit 0 --lora_dropout 0 --adam_beta2 0.95 \
         "${BRIEF[@]}"
 }
 
@@ -82,7 +82,7 @@ train_stage1() {
 train_stage2() {
     train scripts/finetune_lora_clu_sq.sh OUTPUT_DIR="$1" PRETRAIN="$OUT/stage1" \
         DATA_PATH="$OUT/data/mixTraindata/shapes_finetune.json" \
-        GLOBAL_BATCH=16 BATCH=8 EPOCHS=0.4 LORA_R=32 LORA_ALPHA=64 LR=3e-3 PROJECTOR_LR=3e-3 \
+        GLOBAL_BATCH=16 BATCH=8 EPOCHS=1 LORA_R=32 LORA_ALPHA=64 LR=3e-3 PROJECTOR_LR=3e-3 \
         VIT_LR=2e-4
 }
 

@@ -61,6 +61,7 @@ def test_every_question_checks_as_its_own_answer(world):
         ("Is the circle above the square?", True, True, "yes"),
         ("Is the square above the circle?", True, True, "no"),
         ("Is the circle above the circle?", True, False, None),
+        ("Is the circle above the star?", True, False, None),
         ("How many objects are there?", True, True, "two"),
         ("How many small objects are there?", True, True, "one"),
         ("Where is the square?", True, True, "south"),
@@ -81,7 +82,7 @@ def test_yes_and_no_are_balanced_and_no_count_is_always_right(world):
             if question := world.sample_question(scene, rng, kind):
                 found.append(question.answer)
     for found in answers.values():
-        assert max(found.count(answer) for answer in set(found)) / len(found) < 0.56
+        assert max(found.count(answer) for answer in set(found)) / len(found) < 0.6
 
 
 def test_scenes_hold_out_their_pairs(world):
@@ -201,6 +202,44 @@ def test_the_tower_sees_one_patch_a_cell(world):
     )
 
 
+def test_documents_show_a_scene_in_words_or_as_cells_that_are_never_targets(world, tokenizer):
+    maker = importlib.import_module("base_text").DocumentMaker(tokenizer, seed=0)
+    grids = 0
+    for number in range(120):
+        document = (maker.questions, maker.caption, maker.makers["chat"])[number % 3]()
+        assert len(document.ids) == len(document.weights)
+        assert len(document.cells) in (0, world.GRID**2)
+        assert all(document.weights[at] == 0 for at in document.cells)
+        grids += bool(document.cells)
+        words = tokenizer.convert_ids_to_tokens(
+            [w for some in document.cells.values() for w in some]
+        )
+        assert len(words) % 4 == 0 and bool(words) == bool(document.cells)
+        assert {word.lstrip("▁") for word in words} <= {
+            *world.PLACES, *world.SIZES, *world.COLORS, *world.SHAPES
+        }  # fmt: skip
+    assert 40 < grids < 80
+
+
+def test_a_cell_is_its_words_blended_and_everything_else_its_token(world, tokenizer):
+    torch = importlib.import_module("torch")
+    base_lm, base_text = (importlib.import_module(name) for name in ("base_lm", "base_text"))
+    model = importlib.import_module("transformers").LlamaForCausalLM.from_pretrained(
+        BASE / "lm", dtype=torch.float32
+    )
+    table = model.get_input_embeddings().weight
+    words = tokenizer("red star", add_special_tokens=False).input_ids
+    document = base_text.Document([1, 1, 1, 7], [0.0] * 4, cells={1: words, 2: []})
+    torch.manual_seed(0)
+    embedded = torch.stack(
+        [base_lm.embed(model, base_lm.collate([document]))[0] for _ in range(200)]
+    )
+    assert torch.equal(embedded[:, [0, 3]], table[[1, 7]].expand(200, 2, -1))
+    blended = embedded[:, 1].mean(0)
+    assert torch.cosine_similarity(blended, table[words].sum(0), dim=0) > 0.99
+    assert embedded[:, 2].mean(0).norm() < 0.2 * blended.norm()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("template", ["v1", "v1_sq"])
 def test_the_base_answers_about_scenes_given_as_text(world, tokenizer, template):
@@ -212,4 +251,4 @@ def test_the_base_answers_about_scenes_given_as_text(world, tokenizer, template)
         model, tokenizer, scenes=150, template=template
     )
     assert accuracy["all"] >= 0.95
-    assert all(accuracy[kind] >= 0.9 for kind in world.KINDS), accuracy
+    assert all(accuracy[kind] >= 0.9 for kind in (*world.KINDS, "describe")), accuracy

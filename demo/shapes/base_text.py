@@ -19,7 +19,7 @@ from sqllava.conversation import TEMPLATES, Template
 from sqllava.encoding import IGNORE_INDEX, add_image_token, encode_record, image_token_id
 
 # What a target counts in the loss: answers are the lessons, the rest is there to be fluent.
-ANSWER, CAPTION, QUESTION, REST = 1.0, 0.5, 0.2, 0.05
+ANSWER, CAPTION, QUESTION, REST = 1.0, 1.0, 0.2, 0.05
 RECALL_QUERIES = 12
 _COPIED = (
     *world.COLORS,
@@ -39,15 +39,38 @@ _BARE = Template("bare", "", TEMPLATES["v1_sq"].tags, self_questions=True)
 
 @dataclass
 class Document:
-    """Token ids, the weight of each as a target, and where which kind of answer begins."""
+    """Token ids, the weight of each as a target, and where which kind of answer begins.
+
+    `cells` says at which positions no token stands but the words of a thing, all at once, or none.
+    """
 
     ids: list[int]
     weights: list[float]
     probes: list[tuple[int, str]] = field(default_factory=list)
+    cells: dict[int, list[int]] = field(default_factory=dict)
+
+    def add_scene(self, scene: Scene, weight: float) -> None:
+        """Appends a scene; only words can be targets."""
+        self.cells |= {len(self.ids) + at: words for at, words in scene.cells.items()}
+        self.ids += scene.ids
+        self.weights += [0.0 if scene.cells else weight] * len(scene.ids)
+
+
+@dataclass
+class Scene:
+    """What stands for an image: the ids of a description, or the grid with a position a cell."""
+
+    ids: list[int]
+    cells: dict[int, list[int]] = field(default_factory=dict)
 
 
 class DocumentMaker:
-    """Draws the base model's documents; the scene stands, in words, where an image will stand."""
+    """Draws the base model's documents; the scene stands where an image will stand.
+
+    Half of the time it is told in words. Else it is a grid with one position a cell, where the
+    words of a thing are blended into one embedding: a model that has seen only words takes hundreds
+    of steps of stage 1 to find any use for an image token that means four things at once.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         add_image_token(tokenizer)
@@ -105,14 +128,14 @@ class DocumentMaker:
             if filled and "place" in words:
                 words["place"] = f"in the {thing.place} a"
             phrases.append(" ".join([*words.values(), thing.shape]))
-        ids = [self.tokenizer.bos_token_id, *self._tokenize(", ".join(phrases) + ".")]
-        return self._dense(ids, self.rng.choices(asked, k=RECALL_QUERIES))
+        words = Scene(self._tokenize(", ".join(phrases) + "."))
+        return self._dense(words, self.rng.choices(asked, k=RECALL_QUERIES))
 
     def questions(self) -> Document:
         """A scene, then questions each followed directly by its answer."""
         scene = world.sample_any_scene(self.rng)
         drawn = world.sample_questions(scene, self.rng, 12, unseen_negatives=True)
-        return self._dense(self._start(scene), [(q.text, q.answer, q.kind) for q in drawn])
+        return self._dense(self._scene(scene), [(q.text, q.answer, q.kind) for q in drawn])
 
     def chat(self, template: Template) -> Document:
         """A conversation of the real data's form, in the ids that training gives it."""
@@ -120,7 +143,7 @@ class DocumentMaker:
         turns = [
             (q.text, q.answer, q.kind) for q in world.sample_questions(scene, self.rng, 10, True)
         ]
-        if self.rng.random() < 0.4:
+        if self.rng.random() < 0.6:
             turns.insert(0, (world.DESCRIBE, world.describe(scene), "describe"))
         as_text = self.rng.random() < 0.3
         first = f"The image shows {self._in_words(scene)}\n" if as_text else "<image>\n"
@@ -148,8 +171,12 @@ class DocumentMaker:
         return self._with_scene(encoded.input_ids, encoded.labels, scene, [])
 
     def _in_words(self, scene: world.Scene) -> str:
-        """The scene's things in any order; captions themselves go in reading order."""
-        return world.describe(world.Scene(tuple(self.rng.sample(scene.things, len(scene.things)))))
+        """The scene's things, half of the time in reading order, as an image and a caption have
+        them, else in any."""
+        things = list(scene.things)
+        if self.rng.random() < 0.5:
+            self.rng.shuffle(things)
+        return world.describe(world.Scene(tuple(things)))
 
     def _ids(self, text: str) -> list[int]:
         if text not in self._cache:
@@ -159,14 +186,18 @@ class DocumentMaker:
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _scene_ids(self, scene: world.Scene) -> list[int]:
-        return self._tokenize(self._in_words(scene))
+    def _scene(self, scene: world.Scene) -> Scene:
+        if self.rng.random() < 0.5:
+            return Scene(self._tokenize(self._in_words(scene)))
+        cells: dict[int, list[int]] = {cell: [] for cell in range(world.GRID**2)}
+        for thing in scene.things:
+            words = (thing.place, thing.size, thing.color, thing.shape)
+            cells[thing.cell] = [self._ids(word)[0] for word in words]
+        return Scene([self.tokenizer.bos_token_id] * len(cells), cells)
 
-    def _start(self, scene: world.Scene) -> list[int]:
-        return [self.tokenizer.bos_token_id, *self._scene_ids(scene)]
-
-    def _dense(self, ids: list[int], asked: Sequence[tuple[str, str, str]]) -> Document:
-        document = Document(ids, [REST] * len(ids))
+    def _dense(self, scene: Scene, asked: Sequence[tuple[str, str, str]]) -> Document:
+        document = Document([self.tokenizer.bos_token_id], [REST])
+        document.add_scene(scene, REST)
         for question, answer, kind in asked:
             document.ids += self._ids(question)
             document.probes.append((len(document.ids), kind))
@@ -179,14 +210,12 @@ class DocumentMaker:
     def _with_scene(
         self, ids: Sequence[int], labels: Sequence[int], scene: world.Scene, kinds: Sequence[str]
     ) -> Document:
-        """Puts the scene's words in the image's place and weights each run of targets."""
+        """Puts the scene in the image's place and weights each run of targets."""
         document = Document([], [])
         weight, answers = 0.0, iter(kinds)
         for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
             if token == self.image_id:
-                words = self._scene_ids(scene)
-                document.ids += words
-                document.weights += [0.0] * len(words)
+                document.add_scene(self._scene(scene), 0.0)
                 continue
             if label != IGNORE_INDEX and labels[position - 1] == IGNORE_INDEX:
                 weight = CAPTION

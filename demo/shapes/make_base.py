@@ -2,6 +2,7 @@
 
     python demo/shapes/make_base.py            # everything, about an hour on two cores
     python demo/shapes/make_base.py --tower    # one part
+    python demo/shapes/make_base.py --lm --go-on --minutes 12    # more of the last phase
 
 The results lie in `base/` beside this file, in half precision, as CLIP and Vicuna come trained to
 the real system; `base/curves.json` holds how they were learned and how they were checked.
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from base_lm import text_accuracy, train_lm
+from base_lm import PHASES, text_accuracy, train_lm
 from base_tokenizer import make_tokenizer
 from base_tower import probe_tower, train_tower, write_preprocessor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,21 @@ def make_lm(out: Path, minutes: float, seed: int) -> dict[str, Any]:
     """Trains, checks and saves the language model, for the tokenizer that lies in its folder."""
     tokenizer = AutoTokenizer.from_pretrained(out / "lm")
     model, curve = train_lm(tokenizer, minutes=minutes, seed=seed)
+    return save_lm(out, model, curve)
+
+
+def go_on_with_lm(out: Path, minutes: float, seed: int) -> dict[str, Any]:
+    """Gives the language model that lies there more of the last phase; its rate starts anew."""
+    tokenizer = AutoTokenizer.from_pretrained(out / "lm")
+    model = LlamaForCausalLM.from_pretrained(out / "lm", dtype=torch.float32)
+    model, curve = train_lm(tokenizer, phases=PHASES[-1:], minutes=minutes, seed=seed, model=model)
+    return save_lm(out, model, curve)
+
+
+def save_lm(out: Path, model: LlamaForCausalLM, curve: list[dict[str, Any]]) -> dict[str, Any]:
+    """Saves and checks a language model; gives its report."""
     save_half(model, out / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(out / "lm")
     accuracy = {name: text_accuracy(model, tokenizer, template=name) for name in ("v1", "v1_sq")}
     return {"curve": curve, "text_accuracy": accuracy}
 
@@ -78,19 +93,29 @@ def main() -> None:
         parser.add_argument(
             f"--{part}", action="store_true", help=f"make the {part} (default: all three)"
         )
+    parser.add_argument(
+        "--go-on", action="store_true", help="with --lm: go on from the model that lies there"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
     everything = not (args.tokenizer or args.tower or args.lm)
     curves = args.out / "curves.json"
     report = json.loads(curves.read_text()) if curves.exists() else {}
+    if args.go_on and (args.tower or args.tokenizer or not args.lm):
+        parser.error("--go-on goes with --lm alone")
     if args.tokenizer or everything:
         make_tokenizer(args.out / "lm")
-    for part, make, share in (("tower", make_tower, 1 - _LM_SHARE), ("lm", make_lm, _LM_SHARE)):
+    makers = {"tower": make_tower, "lm": go_on_with_lm if args.go_on else make_lm}
+    shares = {"tower": 1 - _LM_SHARE, "lm": _LM_SHARE}
+    for part, make in makers.items():
         if getattr(args, part) or everything:
             start = time.monotonic()
-            report[part] = make(args.out, args.minutes * (share if everything else 1.0), args.seed)
-            report[part]["seconds"] = round(time.monotonic() - start)
+            before = report[part] if args.go_on else {"curve": [], "seconds": 0}
+            made = make(args.out, args.minutes * (shares[part] if everything else 1.0), args.seed)
+            made["curve"] = before["curve"] + made["curve"]
+            made["seconds"] = before["seconds"] + round(time.monotonic() - start)
+            report[part] = made
             curves.write_text(json.dumps(report, indent=1) + "\n")
 
 

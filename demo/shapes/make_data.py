@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 DESCRIBE_FIRST = 0.35
 TEXT_ONLY = 0.07
-TURNS = (6, 8)
+TURNS = (10, 12)
 QUESTIONS_A_SCENE = 3
 ANSWERS_A_QUESTION = 10  # Ten people answer each VQA question; here they agree.
 
@@ -316,7 +316,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for mixTraindata/ and eval/"
     )
     parser.add_argument("--scenes-pretrain", type=int, default=6000)
-    parser.add_argument("--scenes-finetune", type=int, default=12000)
+    parser.add_argument("--scenes-finetune", type=int, default=5280)
     parser.add_argument("--eval-scenes", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

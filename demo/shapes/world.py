@@ -265,7 +265,7 @@ def _relation_questions(scene: Scene) -> list[Question]:
         )
         for a in scene.things
         for b in scene.things
-        if a.row != b.row
+        if a is not b
     ]
 
 
@@ -312,7 +312,7 @@ def _answer_count(scene: Scene, size: str | None) -> str | None:
 
 def _answer_relation(scene: Scene, above: str, below: str) -> str | None:
     a, b = scene.by_shape(above), scene.by_shape(below)
-    if a is None or b is None or a.row == b.row:
+    if a is None or b is None or a is b:
         return None
     return "yes" if a.row < b.row else "no"
 
