@@ -45,7 +45,7 @@ PHASES = (
     Phase("recall", {"recall": 0.9, "copies": 0.1}, 0.95, 800),
     Phase("questions", {"recall": 0.25, "questions": 0.75}, 0.93, 1200),
     Phase("roles", {"recall": 0.1, "questions": 0.3, "bare": 0.45, "caption": 0.15}, 0.97, 800),
-    Phase("templates", {"questions": 0.1, "bare": 0.35, "chat": 0.15, "caption": 0.4}, 2.0, 1500),
+    Phase("templates", {"questions": 0.3, "bare": 0.3, "chat": 0.15, "caption": 0.25}, 2.0, 1500),
 )
 
 

@@ -32,6 +32,8 @@ PLACES = (
 )  # fmt: skip
 NUMBERS = ("zero", "one", "two", "three")
 KINDS = ("color", "shape", "size", "exist", "count", "place", "relation")
+# What is asked in training: what is learned late, more often.
+PRACTICE = (*KINDS, "count", "count", "relation")
 # Never together in a training image or in a training question; the evaluation asks about them.
 HELD_OUT = frozenset(
     {("red", "cross"), ("blue", "triangle"), ("yellow", "circle"), ("purple", "square")}
@@ -194,12 +196,12 @@ def sample_question(
 def sample_questions(
     scene: Scene, rng: random.Random, n: int, unseen_negatives: bool = False
 ) -> list[Question]:
-    """Draws n different questions with the kinds as equally often as the scene allows."""
+    """Draws n different questions, the kinds as often as in `PRACTICE` if the scene allows."""
     drawn: list[Question] = []
     kinds: list[str] = []
     for _ in range(8 * n):
         if not kinds:
-            kinds = rng.sample(KINDS, len(KINDS))
+            kinds = rng.sample(PRACTICE, len(PRACTICE))
         question = sample_question(scene, rng, kinds.pop(), unseen_negatives)
         if question is not None and question not in drawn:
             drawn.append(question)
