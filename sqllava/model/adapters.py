@@ -89,7 +89,7 @@ def prepare_training(
         model.lm_head.requires_grad_(True)
         _train_projector(model.model.multi_modal_projector, training.projector)
         return model
-    peft_model = get_peft_model(model, _lora_config(training), autocast_adapter_dtype=False)
+    peft_model = get_peft_model(model, lora_config(training), autocast_adapter_dtype=False)
     for name, module in peft_model.named_modules():
         if isinstance(module, LoraLayer):
             lora = training.vision_lora if "vision_tower." in name else training.language_lora
@@ -100,9 +100,13 @@ def prepare_training(
     return peft_model
 
 
-def _lora_config(training: Training) -> LoraConfig:
-    loras = {VISION_TARGETS: training.vision_lora, LANGUAGE_TARGETS: training.language_lora}
-    active = {targets: lora for targets, lora in loras.items() if lora}
+def _loras(training: Training) -> dict[str, Lora | None]:
+    return {VISION_TARGETS: training.vision_lora, LANGUAGE_TARGETS: training.language_lora}
+
+
+def lora_config(training: Training) -> LoraConfig:
+    """PEFT's configuration of what a stage trains."""
+    active = {targets: lora for targets, lora in _loras(training).items() if lora}
     return LoraConfig(
         target_modules="|".join(f"({targets})" for targets in active) or NO_TARGETS,
         rank_pattern={targets: lora.rank for targets, lora in active.items()},
@@ -196,22 +200,26 @@ class Adapter:
     language_lora: Lora | None
     source: str
 
-    def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A model's parameter with this adapter in it; `weight` itself where it has no part.
+    def merged(
+        self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """A model's parameter with this adapter in it; the parameter itself where it has no part.
 
-        LoRA is added in float32, so that the sum is rounded once, to the dtype of the weight.
+        LoRA is added in float32, so that the sum is rounded once, to `dtype` (by default that of
+        the weight).
         """
+        dtype = dtype or weight.dtype
         key = PEFT_PREFIX + name
         if key in self.state:
-            return self.state[key].to(weight.dtype)
+            return self.state[key].to(dtype)
         down = self.state.get(key.removesuffix("weight") + "lora_A.weight")
         if down is None:
-            return weight
+            return weight.to(dtype)
         up = self.state[key.removesuffix("weight") + "lora_B.weight"]
         lora = self.vision_lora if part_of(name) == "vision tower" else self.language_lora
         assert lora is not None
         delta = up.float() @ down.float() * (lora.alpha / len(down))
-        return (weight.float() + delta.to(weight.device)).to(weight.dtype)
+        return (weight.float() + delta.to(weight.device)).to(dtype)
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -229,12 +237,19 @@ def read_adapter(folder: Path) -> Adapter:
 def adapter_shapes(config: SQLlavaConfig, training: Training) -> dict[str, torch.Size]:
     """The tensors of a whole adapter file for such a model, without building its weights."""
     with torch.device("meta"):
-        model = prepare_training(SQLlavaForConditionalGeneration(config), training)
-    return {
-        file_key(name): parameter.shape
+        model = SQLlavaForConditionalGeneration(config)
+    shapes = {
+        PEFT_PREFIX + name: parameter.shape
         for name, parameter in model.named_parameters()
-        if _in_adapter(name)
+        if part_of(name) == "projector"
     }
+    for name, module in model.named_modules():
+        for targets, lora in _loras(training).items():
+            if lora and re.fullmatch(targets, name):
+                size_out, size_in = module.weight.shape
+                shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = torch.Size((lora.rank, size_in))
+                shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = torch.Size((size_out, lora.rank))
+    return shapes
 
 
 def check_adapter(adapter: Adapter, config: SQLlavaConfig) -> None:

@@ -38,10 +38,12 @@ from sqllava.model.parts import (
     from_pretrained,
     image_settings,
     is_ours,
+    language_config_of,
     load_language_model,
     load_tokenizer,
     load_tower,
     read_projector,
+    read_vision_config,
     vision_config_of,
 )
 from sqllava.model.processor import SQLlavaProcessor, build_processor
@@ -265,6 +267,23 @@ def _found(part: str, name: str | None, folder: Path) -> str:
             f"downloaded: pass {part}=..."
         ) from error
     return name
+
+
+def describe(parts: Parts) -> tuple[SQLlavaConfig, SQLlavaProcessor]:
+    """The configuration and the processor that `assemble` would give, without the weights."""
+    settings = dict(parts.settings)
+    select_layer = settings.pop("select_layer")
+    tokenizer = load_tokenizer(parts.language_model)
+    config = build_config(
+        language_config_of(parts.language_model),
+        read_vision_config(parts.vision_tower, select_layer),
+        tokenizer,
+        parts.language_model,
+        parts.vision_tower,
+        select_layer,
+        **settings,
+    )
+    return config, build_processor(config, tokenizer, image_settings(parts.vision_tower))
 
 
 def open_adapter(

@@ -115,21 +115,20 @@ def load_language_model(
         key_mapping={r"^model\.language_model\.": "model."} if is_ours(path) else None,
     )
     beside = {key for key in unexpected if _BESIDE_LANGUAGE_MODEL.match(key)}
-    names = _files(path)
-    buffers = {name for name in names if name.endswith(_FREQUENCIES)}
-    lost = _lost_buffers(buffers, config.num_hidden_layers)
-    faults = [f"missing: {name}" for name in sorted(missing | lost)]
-    faults += [f"unexpected: {name}" for name in sorted(unexpected - beside)]
+    # transformers passes over every name that has this in it.
+    buffers = {name for name in files_of(path) if _FREQUENCIES in name}
+    row = _buffers_of_all_layers(buffers, config.num_hidden_layers)
+    faults = [f"missing: {name}" for name in sorted(missing | (row - buffers))]
+    faults += [f"unexpected: {n}" for n in sorted((unexpected - beside) | (buffers - row))]
     raise_faults(faults, f"language model {path} is not whole")
     _report_left_out(path, "the language model alone is taken", beside)
     _report_left_out(path, "these buffers follow from the config", buffers)
     return model
 
 
-def _lost_buffers(found: set[str], layers: int) -> set[str]:
-    """Older files hold these buffers for every layer, newer ones for none: what breaks the row."""
-    row = {_LAYER.sub(rf"\g<1>layers.{n}.", name) for name in found for n in range(layers)}
-    return row - found
+def _buffers_of_all_layers(found: set[str], layers: int) -> set[str]:
+    """Older files hold these buffers for every layer, newer ones for none."""
+    return _in_layers([name for name in found if name.endswith(_FREQUENCIES)], range(layers))
 
 
 def load_tower(
@@ -153,7 +152,8 @@ def load_tower(
     layers = vision_config_of(path).num_hidden_layers
     in_file = _names_in_file(path, tower)
     past = {key for key in unexpected if _layer(key) >= config.num_hidden_layers}
-    whole = _past_the_cut(tower, layers) if past else set()
+    first = [name for name in tower.state_dict() if _layer(name) == 0]
+    whole = _in_layers(first, range(config.num_hidden_layers, layers)) if past else set()
     beside_tower = _BESIDE_TOWER_OF_A_MODEL if within else _BESIDE_TOWER
     beside = {key for key in unexpected if beside_tower.match(key)}
     strange = (unexpected - beside - past) | (past - whole)
@@ -164,11 +164,9 @@ def load_tower(
     return tower
 
 
-def _past_the_cut(tower: PreTrainedModel, layers: int) -> set[str]:
-    """The names of a tower's layers from its last one on, up to `layers`."""
-    first = [name for name in tower.state_dict() if _layer(name) == 0]
-    kept = tower.config.num_hidden_layers
-    return {_LAYER.sub(rf"\g<1>layers.{n}.", name) for name in first for n in range(kept, layers)}
+def _in_layers(names: Iterable[str], layers: Iterable[int]) -> set[str]:
+    """Names of one layer's tensors, in each of these layers."""
+    return {_LAYER.sub(rf"\g<1>layers.{n}.", name) for n in layers for name in names}
 
 
 def _layer(name: str) -> int:
@@ -176,7 +174,7 @@ def _layer(name: str) -> int:
     return int(found[2]) if found else -1
 
 
-def _files(path: str) -> dict[str, Path]:
+def files_of(path: str) -> dict[str, Path]:
     """The tensors in a folder's (or an id's) files: name -> file."""
     folder = Path(cast(str, cached_file(path, "config.json"))).parent
     return weight_names(folder) if has_weights(folder) else {}
@@ -184,13 +182,64 @@ def _files(path: str) -> dict[str, Path]:
 
 def _names_in_file(path: str, model: PreTrainedModel) -> Callable[[str], str]:
     """How to name a model's weights as its files do, which may put a prefix before them."""
-    names = _files(path)
+    names = files_of(path)
     for name in model.state_dict():
         for found in names:
             if found.endswith(f".{name}"):
                 prefix = found.removesuffix(name)
                 return lambda key: key if key in names else prefix + key
     return lambda key: key
+
+
+def projector_names(path: str) -> dict[str, str]:
+    """Our names of the projector's tensors in a whole model's files, by their names there."""
+    ours = {name: our_name(name) or name for name in files_of(path)}
+    return {name: new for name, new in ours.items() if part_of(new) == "projector"}
+
+
+def language_model_names(path: str) -> dict[str, str]:
+    """Our names of the tensors in a language model's files, by their names there.
+
+    Raises:
+        ValueError: tensors are missing or belong to nothing, as far as names tell it.
+    """
+    layers = language_config_of(path).num_hidden_layers
+    names = files_of(path)
+    buffers = {name for name in names if _FREQUENCIES in name}
+    row = _buffers_of_all_layers(buffers, layers)
+    ours = {name: our_name(name) or name for name in names if name not in buffers}
+    wanted = {name: new for name, new in ours.items() if part_of(new) == "language model"}
+    faults = [f"missing: {name}" for name in sorted(row - buffers)]
+    faults += [f"unexpected: {name}" for name in sorted(buffers - row)]
+    raise_faults(faults, f"language model {path} is not whole")
+    _report_left_out(path, "the language model alone is taken", ours.keys() - wanted.keys())
+    _report_left_out(path, "these buffers follow from the config", buffers)
+    return wanted
+
+
+def tower_names(path: str, kept: int) -> dict[str, str]:
+    """Our names of the tensors in a tower's files, up to layer `kept`, by their names there.
+
+    Raises:
+        ValueError: the layers past that are not whole.
+    """
+    prefix = "model.vision_tower."
+    within = bool(_tower_prefix(path))
+    names = {}
+    for name in files_of(path):
+        ours = (our_name(name) or name) if within else prefix + name.removeprefix("vision_model.")
+        declared = _BESIDE_TOWER.match(name) if not within else not ours.startswith(prefix)
+        if not declared:
+            names[name] = ours
+    past = {name for name, ours in names.items() if _layer(ours) >= kept}
+    first = [name for name, ours in names.items() if _layer(ours) == 0]
+    layers = vision_config_of(path).num_hidden_layers if past else kept
+    whole = _in_layers(first, range(kept, layers))
+    faults = [f"missing: {name}" for name in sorted(whole - past)]
+    faults += [f"unexpected: {name}" for name in sorted(past - whole)]
+    raise_faults(faults, f"vision tower {path} is not whole")
+    _report_left_out(path, "of layers that are not read", past)
+    return {name: ours for name, ours in names.items() if name not in past}
 
 
 def _report_left_out(path: str, reason: str, names: Iterable[str]) -> None:
@@ -214,12 +263,11 @@ def load_tokenizer(language_model: str) -> PreTrainedTokenizerBase:
 
 def read_projector(path: str) -> dict[str, torch.Tensor]:
     """The projector that lies in a whole model's files, under our names."""
+    files = files_of(path)
     values = {}
-    for name, file in _files(path).items():
-        ours = our_name(name) or name
-        if part_of(ours) == "projector":
-            with open_tensors(file) as tensors:
-                values[ours] = tensors[name]
+    for name, ours in projector_names(path).items():
+        with open_tensors(files[name]) as tensors:
+            values[ours] = tensors[name]
     return values
 
 

@@ -129,7 +129,8 @@ def read_published_adapter(
             _adapter_file(folder), published_name, ("language model",), ("vision tower",)
         )
         if vit_lora:
-            adapter = adapter.only(lambda key: part_of(key) != "vision tower")
+            adapter = adapter.only(lambda key: part_of(key) == "language model")
+            adapter = replace(adapter, parts=("language model",))
         vision_lora = _vision_lora(adapter, language_lora)
         files.append(adapter)
     else:
@@ -295,10 +296,133 @@ def read_json(path: Path) -> dict[str, Any]:
 def resolve(name: str | None, folder: Path) -> str | None:
     """Where a model is that a config in `folder` names.
 
-    Configs hold hub ids, or paths that were right where the model was trained: a path is tried as
-    it is, then beside the folder, then in it. What is none of these is left as a hub id.
+    Configs hold hub ids, or paths that were right where the model was trained: a path is tried
+    within the folder, beside it, and as it is. What is none of these is left as a hub id.
     """
     if name is None:
         return None
-    places = (Path(name), folder.parent / name, folder / name, folder / Path(name).name)
+    places = (folder / name, folder.parent / name, Path(name))
     return next((str(place) for place in places if place.is_dir()), name)
+
+
+def published_config(config: SQLlavaConfig, select_layer: int, vision_tower: str) -> dict[str, Any]:
+    """The config.json by which the published code loads such a model.
+
+    Raises:
+        ValueError: the model has something that the published code does not know.
+    """
+    text = config.text_config
+    if text.model_type != "llama":
+        raise ValueError(f"the published code knows Llama models only, not {text.model_type!r}")
+    if config.projector_type == "cluster_soft":
+        raise ValueError("the published code has no 'cluster_soft' projector")
+    options = {"centres": 256, "iterations": 2} | (config.projector_options or {})
+    if config.projector_type == "cluster" and options != {"centres": 256, "iterations": 2}:
+        raise ValueError(
+            f"the published code always has 256 centres and 2 iterations, this model has {options}"
+        )
+    features = {ours: published for published, ours in SELECT_FEATURES.items()}
+    rope = getattr(text, "rope_parameters", None) or {}
+    return {name: getattr(text, name) for name in _LLAMA_FIELDS} | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "torch_dtype": str(config.dtype or "float32").removeprefix("torch."),
+        "image_aspect_ratio": "pad" if config.image_aspect_ratio == "pad" else "square",
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_projector_type": config.projector_type,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": features[config.vision_feature_select_strategy],
+        "mm_vision_select_layer": select_layer,
+        "mm_vision_tower": vision_tower,
+        "tune_mm_mlp_adapter": False,
+        "use_mm_proj": True,
+    }
+
+
+# What transformers 4.31, with which the published code runs, reads of a Llama.
+_LLAMA_FIELDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+)
+
+
+def write_published_adapter(
+    folder: Path, adapter: Adapter, config: SQLlavaConfig, tower_layers: int
+) -> None:
+    """Writes a published stage-2 folder, or a stage-1 folder where there is no LLM-LoRA.
+
+    Layers of the tower past the one that is read, which our adapters do not hold, get LoRA weights
+    of zero: the published code expects some.
+
+    Raises:
+        ValueError: the model has something that the published code does not know.
+    """
+    written = published_config(config, config.select_layer, str(config.base_vision_tower))
+    written["_name_or_path"] = config.base_language_model
+    write_json(folder / "config.json", written)
+    by_part: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in adapter.state.items():
+        by_part.setdefault(part_of(key), {})[key] = value
+    projector = by_part["projector"]
+    if adapter.language_lora is None:
+        _write_bin(folder / PROJECTOR_FILE, projector, projector_name)
+    else:
+        _write_bin(folder / PROJECTOR_AND_MORE_FILE, projector, published_name)
+        _write_bin(folder / ADAPTER_FILES[-1], by_part["language model"], published_name)
+        lora = _published_lora(adapter.language_lora, by_part["language model"])
+        lora |= {"base_model_name_or_path": config.base_language_model, "task_type": "CAUSAL_LM"}
+        write_json(folder / ADAPTER_CONFIG, lora)
+    if adapter.vision_lora is not None:
+        tower = by_part["vision tower"]
+        shapes = {key: value.shape for key, value in tower.items()}
+        zeros = {k: torch.zeros(s) for k, s in _past_the_cut(shapes, tower_layers).items()}
+        (folder / VIT_LORA).mkdir()
+        _write_bin(folder / VIT_LORA / ADAPTER_FILES[-1], tower | zeros, vit_lora_name)
+        lora = _published_lora(adapter.vision_lora, tower)
+        write_json(folder / VIT_LORA / ADAPTER_CONFIG, lora)
+
+
+def _published_lora(lora: Lora, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The fields of adapter_config.json that PEFT 0.4 knows: it accepts no others."""
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "revision": None,
+        "target_modules": sorted({key.split(".")[-3] for key in state}),
+        "task_type": None,
+    }
+
+
+def _write_bin(path: Path, state: Mapping[str, torch.Tensor], name: Callable[[str], str]) -> None:
+    torch.save({name(key): value.clone() for key, value in state.items()}, path)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON object, always in the same order."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
