@@ -1,7 +1,7 @@
 """`sqllava convert`: a checkpoint in one layout -> the same in another.
 
-Weights stream from file to file, a piece of a shard at a time, so that a model never has to fit into
-memory. The result is made beside its place and renamed when it is whole.
+Weights stream from file to file, a piece of a shard at a time, so that a model never has to fit
+into memory. The result is made beside its place and renamed when it is whole.
 """
 
 import argparse
@@ -68,6 +68,7 @@ Target = Literal["ours", "published", "merged"]
 RECORD_FILE = "sqllava_convert.json"
 RUN_FILE = "sqllava_run.json"
 SHARD_BYTES = 2 * 10**9
+SMALL_BYTES = 64 * 10**6
 CHECK_PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 
 

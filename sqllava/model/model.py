@@ -79,12 +79,16 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
 
         Args:
             pixel_values: [I, 3, H, W].
+            kwargs: for the tower, and so for its attention.
 
         Returns:
             The tower's output; its `pooler_output` is a list of I tensors [image tokens, d_text].
         """
-        pixel_values = pixel_values.to(self.vision_tower.dtype)
-        outputs = self.vision_tower(pixel_values, return_dict=True)
+        # What callers of transformers' Llava pass on unset.
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        outputs = self.vision_tower(
+            pixel_values.to(self.vision_tower.dtype), **given | {"return_dict": True}
+        )
         # The tower ends at the layer that is read (`cut_vision_config`).
         features = outputs.last_hidden_state  # [I, 1 + patches, d_vision]
         if self.config.vision_feature_select_strategy == "default":
