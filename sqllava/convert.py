@@ -32,6 +32,7 @@ from sqllava.model.adapters import (
     part_of,
     prepare_training,
 )
+from sqllava.model.card import RUN_FILE, model_card, training_facts
 from sqllava.model.checkpoint import (
     Layout,
     Parts,
@@ -57,6 +58,7 @@ from sqllava.model.processor import SQLlavaProcessor
 from sqllava.model.published import (
     published_config,
     published_name,
+    read_json,
     write_json,
     write_published_adapter,
 )
@@ -66,7 +68,23 @@ logger = logging.getLogger(__name__)
 
 Target = Literal["ours", "published", "merged"]
 RECORD_FILE = "sqllava_convert.json"
-RUN_FILE = "sqllava_run.json"
+# Lets servers load a model directory with trust_remote_code, where nothing imports the package.
+REMOTE_CODE = "modeling_sqllava.py"
+_REMOTE_CODE_TEXT = '''"""The model's classes for trust_remote_code; needs `pip install sqllava`."""
+
+from sqllava import (  # noqa: F401
+    SQLlavaConfig,
+    SQLlavaForConditionalGeneration,
+    SQLlavaModel,
+    SQLlavaProcessor,
+)
+'''
+_AUTO_MAP = {
+    "AutoConfig": "SQLlavaConfig",
+    "AutoModel": "SQLlavaModel",
+    "AutoModelForImageTextToText": "SQLlavaForConditionalGeneration",
+    "AutoProcessor": "SQLlavaProcessor",
+}
 SHARD_BYTES = 2 * 10**9
 SMALL_BYTES = 64 * 10**6
 CHECK_PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
@@ -83,6 +101,7 @@ class Options:
     shard_bytes: int = SHARD_BYTES
     check: bool = True
     image: str | None = None
+    figures: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -137,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="after merging, do not compare logits; the comparison holds the model in memory",
     )
+    add("--figures", help="a JSON file with an evaluation's figures, for the model card")
     add("--image", help="the picture for that comparison (default: a drawn one)")
     return parser
 
@@ -183,7 +203,7 @@ def convert(
 
 
 def _settings(options: Options) -> dict[str, Any]:
-    kept = ("base", "vision_tower", "vit_lora", "dtype", "shard_bytes")
+    kept = ("base", "vision_tower", "vit_lora", "dtype", "shard_bytes", "figures")
     return {name: getattr(options, name) for name in kept}
 
 
@@ -279,12 +299,11 @@ class _Whole:
     generation: GenerationConfig
 
     def piece_bytes(self, options: Options) -> int:
-        """How much is read and written at once: a quarter of the largest file at most, so that
+        """How much is read and written at once: of large files a quarter of the largest, so that
         memory stays small beside it."""
-        sizes = [
-            file.stat().st_size for one in self.streams for file in files_of(one.path).values()
-        ]
-        return min(options.shard_bytes, max(max(sizes) // 4, 1))
+        files = {file for one in self.streams for file in files_of(one.path).values()}
+        largest = max(file.stat().st_size for file in files)
+        return min(options.shard_bytes, max(largest // 4, SMALL_BYTES))
 
     def tensors(self, piece_bytes: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the model once, under our names, the adapter merged in.
@@ -365,7 +384,13 @@ def _write_merged(source: Path, layout: Layout, folder: Path, options: Options) 
     config = whole.config
     config.architectures = [SQLlavaForConditionalGeneration.__name__]
     config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
+    config.training_facts = config.training_facts or training_facts(source)
+    config.figures = read_json(Path(options.figures)) if options.figures else config.figures
+    module = REMOTE_CODE.removesuffix(".py")
+    config.auto_map = {auto: f"{module}.{name}" for auto, name in _AUTO_MAP.items()}
+    (folder / REMOTE_CODE).write_text(_REMOTE_CODE_TEXT)
     config.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(config))
     whole.generation.save_pretrained(folder)
     whole.processor.save_pretrained(folder)
     _copy_run(source, folder)

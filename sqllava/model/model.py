@@ -3,10 +3,13 @@
 pixel_values -> vision tower -> projector -> spliced in at `<image>` -> language model -> loss
 """
 
+import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
     AutoModel,
@@ -25,6 +28,7 @@ from transformers.models.llava.modeling_llava import (
 )
 
 from sqllava.encoding import IGNORE_INDEX
+from sqllava.model.card import model_card
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.projector import PrototypeExtractor, build_projector
 
@@ -201,6 +205,18 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
             lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.lm_head = lm_head
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves the model as transformers does, with a model card."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / "README.md").write_text(model_card(self.config))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+        """Uploads the model, and its card, for which transformers would put a blank one."""
+        address = super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
+        card = ModelCard(model_card(self.config))
+        card.push_to_hub(repo_id, token=kwargs.get("token"), revision=kwargs.get("revision"))
+        return address
 
     def forward(
         self,

@@ -1,7 +1,7 @@
 """SQLlavaProcessor: pictures -> pixel values, prompts with `<image>` marks -> ids."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -96,7 +96,8 @@ class SQLlavaProcessor(LlavaProcessor):
         data: dict[str, Any] = {}
         pictures: list[Any] = []
         if images is not None:
-            pictures = make_flat_list_of_images(self.image_processor.fetch_images(images))
+            fetched = self.image_processor.fetch_images(images)
+            pictures = list(cast(Any, make_flat_list_of_images(fetched)))
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
             data |= self._encode(prompts, len(pictures), merged)

@@ -29,6 +29,7 @@ from sqllava.model.adapters import (
     load_adapter_state,
     prepare_training,
 )
+from sqllava.model.card import RUN_FILE
 from sqllava.model.checkpoint import assemble
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
@@ -49,8 +50,6 @@ from sqllava.train.trainer import (
 )
 
 logger = logging.getLogger("sqllava")
-
-RUN_FILE = "sqllava_run.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
