@@ -11,10 +11,19 @@ from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration, SQLlavaModel
 from sqllava.model.processor import SQLlavaProcessor
 
-AutoConfig.register("sqllava", SQLlavaConfig, exist_ok=True)
-AutoModel.register(SQLlavaConfig, SQLlavaModel, exist_ok=True)
-AutoModelForImageTextToText.register(SQLlavaConfig, SQLlavaForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(SQLlavaConfig, SQLlavaProcessor, exist_ok=True)
+
+def register() -> None:
+    """Makes the model known to transformers' Auto classes. Importing the package does it; vLLM calls
+    it as a plugin, in each of its processes."""
+    AutoConfig.register("sqllava", SQLlavaConfig, exist_ok=True)
+    AutoModel.register(SQLlavaConfig, SQLlavaModel, exist_ok=True)
+    AutoModelForImageTextToText.register(
+        SQLlavaConfig, SQLlavaForConditionalGeneration, exist_ok=True
+    )
+    AutoProcessor.register(SQLlavaConfig, SQLlavaProcessor, exist_ok=True)
+
+
+register()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,4 +33,5 @@ __all__ = [
     "SQLlavaProcessor",
     "SelfQuestioner",
     "load",
+    "register",
 ]

@@ -242,7 +242,7 @@ def test_the_shell_script_merges(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "merged").model_type == "sqllava"
 
 
-# Runs in a process of its own: the peak of its memory, mapped files counted in, is the conversion's.
+# Runs in a process of its own: its peak of memory, mapped files counted in, is the conversion's.
 _MEASURE = """
 import re, sys
 from pathlib import Path
