@@ -13,8 +13,10 @@ from sqllava.model.processor import SQLlavaProcessor
 
 
 def register() -> None:
-    """Makes the model known to transformers' Auto classes. Importing the package does it; vLLM calls
-    it as a plugin, in each of its processes."""
+    """Makes the model known to transformers' Auto classes.
+
+    Importing the package does so; vLLM calls it as a plugin, in each of its processes.
+    """
     AutoConfig.register("sqllava", SQLlavaConfig, exist_ok=True)
     AutoModel.register(SQLlavaConfig, SQLlavaModel, exist_ok=True)
     AutoModelForImageTextToText.register(
