@@ -210,6 +210,19 @@ def test_a_published_merged_model_takes_its_tower_from_the_config(tmp_path):
         assert torch.equal(value, wanted), name
 
 
+def test_parts_come_out_of_a_model_whose_language_model_is_deeper_than_its_tower(config, tmp_path):
+    config.text_config.num_hidden_layers = 5
+    torch.manual_seed(0)
+    model = sqllava.SQLlavaForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    tower = load_tower(str(tmp_path), -2, torch.float32, None)
+    language = load_language_model(str(tmp_path), torch.float32, None, None)
+    config.text_config.num_hidden_layers = 2
+    pairs = [(tower, model.model.vision_tower), (language.model, model.model.language_model)]
+    for loaded, saved in pairs:
+        assert same_model(loaded, saved)
+
+
 def test_a_missing_base_or_tower_says_what_to_pass(copy):
     shutil.rmtree(copy / "vicuna-tiny")
     with pytest.raises(FileNotFoundError, match="base 'vicuna-tiny'.*pass base="):

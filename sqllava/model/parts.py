@@ -115,20 +115,23 @@ def load_language_model(
         key_mapping={r"^model\.language_model\.": "model."} if is_ours(path) else None,
     )
     beside = {key for key in unexpected if _BESIDE_LANGUAGE_MODEL.match(key)}
-    # transformers passes over every name that has this in it.
-    buffers = {name for name in files_of(path) if _FREQUENCIES in name}
-    row = _buffers_of_all_layers(buffers, config.num_hidden_layers)
-    faults = [f"missing: {name}" for name in sorted(missing | (row - buffers))]
-    faults += [f"unexpected: {n}" for n in sorted((unexpected - beside) | (buffers - row))]
+    faults = [f"missing: {name}" for name in sorted(missing)]
+    faults += [f"unexpected: {name}" for name in sorted(unexpected - beside)]
+    faults += _buffer_faults(path, config.num_hidden_layers)
     raise_faults(faults, f"language model {path} is not whole")
     _report_left_out(path, "the language model alone is taken", beside)
-    _report_left_out(path, "these buffers follow from the config", buffers)
     return model
 
 
-def _buffers_of_all_layers(found: set[str], layers: int) -> set[str]:
-    """Older files hold these buffers for every layer, newer ones for none."""
-    return _in_layers([name for name in found if name.endswith(_FREQUENCIES)], range(layers))
+def _buffer_faults(path: str, layers: int) -> list[str]:
+    """Older files hold the rotary embedding's frequencies for every layer, newer ones for none;
+    transformers passes over any name that has them in it."""
+    found = {name for name in files_of(path) if _FREQUENCIES in name}
+    proper = [name for name in found if name.endswith(_FREQUENCIES)]
+    row = _in_layers(proper, range(layers))
+    _report_left_out(path, "these buffers follow from the config", found & row)
+    faults = [f"missing: {name}" for name in sorted(row - found)]
+    return faults + [f"unexpected: {name}" for name in sorted(found - row)]
 
 
 def load_tower(
@@ -151,16 +154,16 @@ def load_tower(
     )
     layers = vision_config_of(path).num_hidden_layers
     in_file = _names_in_file(path, tower)
+    beside = _BESIDE_TOWER_OF_A_MODEL if within else _BESIDE_TOWER
+    unexpected = {key for key in unexpected if not beside.match(key)}
     past = {key for key in unexpected if _layer(key) >= config.num_hidden_layers}
     first = [name for name in tower.state_dict() if _layer(name) == 0]
     whole = _in_layers(first, range(config.num_hidden_layers, layers)) if past else set()
-    beside_tower = _BESIDE_TOWER_OF_A_MODEL if within else _BESIDE_TOWER
-    beside = {key for key in unexpected if beside_tower.match(key)}
-    strange = (unexpected - beside - past) | (past - whole)
+    strange = unexpected - (past & whole)
     faults = [f"missing: {in_file(k)}" for k in sorted(missing | whole - past)]
     faults += [f"unexpected: {in_file(key)}" for key in sorted(strange)]
     raise_faults(faults, f"vision tower {path} is not whole")
-    _report_left_out(path, "of layers that are not read", map(in_file, past))
+    _report_left_out(path, "they belong to layers that are not read", map(in_file, past))
     return tower
 
 
@@ -203,17 +206,11 @@ def language_model_names(path: str) -> dict[str, str]:
     Raises:
         ValueError: tensors are missing or belong to nothing, as far as names tell it.
     """
-    layers = language_config_of(path).num_hidden_layers
-    names = files_of(path)
-    buffers = {name for name in names if _FREQUENCIES in name}
-    row = _buffers_of_all_layers(buffers, layers)
-    ours = {name: our_name(name) or name for name in names if name not in buffers}
-    wanted = {name: new for name, new in ours.items() if part_of(new) == "language model"}
-    faults = [f"missing: {name}" for name in sorted(row - buffers)]
-    faults += [f"unexpected: {name}" for name in sorted(buffers - row)]
+    faults = _buffer_faults(path, language_config_of(path).num_hidden_layers)
     raise_faults(faults, f"language model {path} is not whole")
+    ours = {n: our_name(n) or n for n in files_of(path) if _FREQUENCIES not in n}
+    wanted = {name: new for name, new in ours.items() if part_of(new) == "language model"}
     _report_left_out(path, "the language model alone is taken", ours.keys() - wanted.keys())
-    _report_left_out(path, "these buffers follow from the config", buffers)
     return wanted
 
 
@@ -228,8 +225,7 @@ def tower_names(path: str, kept: int) -> dict[str, str]:
     names = {}
     for name in files_of(path):
         ours = (our_name(name) or name) if within else prefix + name.removeprefix("vision_model.")
-        declared = _BESIDE_TOWER.match(name) if not within else not ours.startswith(prefix)
-        if not declared:
+        if ours.startswith(prefix) and (within or not _BESIDE_TOWER.match(name)):
             names[name] = ours
     past = {name for name, ours in names.items() if _layer(ours) >= kept}
     first = [name for name, ours in names.items() if _layer(ours) == 0]
@@ -238,7 +234,7 @@ def tower_names(path: str, kept: int) -> dict[str, str]:
     faults = [f"missing: {name}" for name in sorted(whole - past)]
     faults += [f"unexpected: {name}" for name in sorted(past - whole)]
     raise_faults(faults, f"vision tower {path} is not whole")
-    _report_left_out(path, "of layers that are not read", past)
+    _report_left_out(path, "they belong to layers that are not read", past)
     return {name: ours for name, ours in names.items() if name not in past}
 
 
