@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "data": ("sqllava.data.cli", "fetch, check, index and look at training data"),
     "train": ("sqllava.train.run", "train a stage (the scripts call it through DeepSpeed)"),
+    "convert": ("sqllava.convert", "turn a checkpoint into another layout, or merge an adapter"),
 }
 
 

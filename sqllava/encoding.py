@@ -226,7 +226,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, place: _Place) -> S
     """
     if not text:
         return []
-    if not _has_dummy_prefix(tokenizer):
+    if not has_dummy_prefix(tokenizer):
         return _plain_ids(tokenizer, text)
     if text.startswith((" ", "▁")):  # the same to sentencepiece
         # transformers takes a leading space for the prefix: in the middle that is what is meant,
@@ -258,7 +258,8 @@ def _piece(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
 
 @lru_cache(maxsize=8)
-def _has_dummy_prefix(tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_dummy_prefix(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts sentencepiece's `▁` before a text."""
     ids = tokenizer("a", add_special_tokens=False).input_ids
     return _piece(tokenizer, ids[0]).startswith("▁")
 

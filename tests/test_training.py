@@ -11,9 +11,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from training import GOLDEN, flags, history, losses, start, write_data
 
-from sqllava.model.adapters import Lora, Training, file_key, part_of, prepare_training
+from sqllava.model.adapters import (
+    Lora,
+    Training,
+    apply_adapter,
+    file_key,
+    part_of,
+    prepare_training,
+)
 from sqllava.model.checkpoint import assemble, load, load_base
-from sqllava.model.stage1 import merge_stage1, read_stage1
+from sqllava.model.stage1 import read_stage1
 from sqllava.train import run
 from sqllava.train.audit import GradientAudit, GradientAuditError
 from sqllava.train.trainer import COMPLETE, TooManyBadSamplesError, last_complete_checkpoint
@@ -336,7 +343,7 @@ def test_full_finetuning_starts_from_stage1_merged_in(stage1, golden):
     model, processor = assemble(
         str(GOLDEN / "vicuna-tiny"), str(GOLDEN / "clip-tiny"), projector_options={"centres": 8}
     )
-    merge_stage1(model, read_stage1(stage1, vision_layers=2))
+    apply_adapter(model, read_stage1(stage1, model.config))
     expected, _ = load(stage1)
     state = expected.state_dict()
     assert all(

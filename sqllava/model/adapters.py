@@ -1,20 +1,29 @@
 """ViT-LoRA, LLM-LoRA and the projector as one PEFT adapter: what trains, and reading it back."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
+from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
+from sqllava.model.weights import raise_faults
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 PROJECTOR = "multi_modal_projector"
+# What PEFT puts before a model's own names.
+PEFT_PREFIX = "base_model.model."
 
 # Full module paths: a bare suffix such as "q_proj" would hit the tower and the language model both.
 VISION_TARGETS = (
@@ -80,7 +89,7 @@ def prepare_training(
         model.lm_head.requires_grad_(True)
         _train_projector(model.model.multi_modal_projector, training.projector)
         return model
-    peft_model = get_peft_model(model, _lora_config(training), autocast_adapter_dtype=False)
+    peft_model = get_peft_model(model, lora_config(training), autocast_adapter_dtype=False)
     for name, module in peft_model.named_modules():
         if isinstance(module, LoraLayer):
             lora = training.vision_lora if "vision_tower." in name else training.language_lora
@@ -91,9 +100,13 @@ def prepare_training(
     return peft_model
 
 
-def _lora_config(training: Training) -> LoraConfig:
-    loras = {VISION_TARGETS: training.vision_lora, LANGUAGE_TARGETS: training.language_lora}
-    active = {targets: lora for targets, lora in loras.items() if lora}
+def _loras(training: Training) -> dict[str, Lora | None]:
+    return {VISION_TARGETS: training.vision_lora, LANGUAGE_TARGETS: training.language_lora}
+
+
+def lora_config(training: Training) -> LoraConfig:
+    """PEFT's configuration of what a stage trains."""
+    active = {targets: lora for targets, lora in _loras(training).items() if lora}
     return LoraConfig(
         target_modules="|".join(f"({targets})" for targets in active) or NO_TARGETS,
         rank_pattern={targets: lora.rank for targets, lora in active.items()},
@@ -153,16 +166,118 @@ def load_adapter_state(
         for name, parameter in peft_model.named_parameters()
         if _in_adapter(name) and part_of(name) in parts
     }
-    faults = [f"missing: {key}" for key in sorted(wanted.keys() - state.keys())]
-    faults += [f"unexpected: {key}" for key in sorted(state.keys() - wanted.keys())]
-    for key in sorted(wanted.keys() & state.keys()):
-        shape = tuple(getattr(wanted[key], "ds_shape", wanted[key].shape))
-        if shape != tuple(state[key].shape):
-            faults.append(f"{key}: {tuple(state[key].shape)} in the file, {shape} in the model")
-    if faults:
-        shown = "\n  ".join(faults[:10]) + ("\n  ..." if len(faults) > 10 else "")
-        raise ValueError(f"{source} does not fit this model ({len(faults)} faults):\n  {shown}")
+    shapes = {
+        key: torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+        for key, parameter in wanted.items()
+    }
+    raise_faults(state_faults(state, shapes), f"{source} does not fit this model")
     copy_tensors({parameter: state[key] for key, parameter in wanted.items()})
+
+
+def state_faults(state: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> list[str]:
+    """What keeps tensors from fitting a model: missing, unexpected, or of another shape."""
+    faults = [f"missing: {key}" for key in sorted(shapes.keys() - state.keys())]
+    faults += [f"unexpected: {key}" for key in sorted(state.keys() - shapes.keys())]
+    for key in sorted(shapes.keys() & state.keys()):
+        if shapes[key] != state[key].shape:
+            faults.append(
+                f"{key}: {tuple(state[key].shape)} in the file, {tuple(shapes[key])} in the model"
+            )
+    return faults
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as it lies on disk: what it puts into a model, and what it adds.
+
+    Attributes:
+        state: its tensors by their names in our adapter files.
+        source: where they come from, for errors.
+    """
+
+    state: dict[str, torch.Tensor]
+    vision_lora: Lora | None
+    language_lora: Lora | None
+    source: str
+
+    def merged(
+        self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """A model's parameter with this adapter in it; the parameter itself where it has no part.
+
+        LoRA is added in float32, so that the sum is rounded once, to `dtype` (by default that of
+        the weight).
+        """
+        dtype = dtype or weight.dtype
+        key = PEFT_PREFIX + name
+        if key in self.state:
+            return self.state[key].to(dtype)
+        down = self.state.get(key.removesuffix("weight") + "lora_A.weight")
+        if down is None:
+            return weight.to(dtype)
+        up = self.state[key.removesuffix("weight") + "lora_B.weight"]
+        lora = self.vision_lora if part_of(name) == "vision tower" else self.language_lora
+        assert lora is not None
+        delta = up.float() @ down.float() * (lora.alpha / len(down))
+        return (weight.float() + delta.to(weight.device)).to(dtype)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Reads an adapter directory of ours."""
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+
+    def lora(targets: str) -> Lora | None:
+        rank = config["rank_pattern"].get(targets)
+        return Lora(rank, config["alpha_pattern"][targets]) if rank else None
+
+    state = load_file(folder / ADAPTER_WEIGHTS)
+    return Adapter(state, lora(VISION_TARGETS), lora(LANGUAGE_TARGETS), str(folder))
+
+
+def adapter_shapes(config: SQLlavaConfig, training: Training) -> dict[str, torch.Size]:
+    """The tensors of a whole adapter file for such a model, without building its weights."""
+    with torch.device("meta"):
+        model = SQLlavaForConditionalGeneration(config)
+    shapes = {
+        PEFT_PREFIX + name: parameter.shape
+        for name, parameter in model.named_parameters()
+        if part_of(name) == "projector"
+    }
+    for name, module in model.named_modules():
+        for targets, lora in _loras(training).items():
+            if lora and re.fullmatch(targets, name):
+                size_out, size_in = module.weight.shape
+                shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = torch.Size((lora.rank, size_in))
+                shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = torch.Size((size_out, lora.rank))
+    return shapes
+
+
+def check_adapter(adapter: Adapter, config: SQLlavaConfig) -> None:
+    """Raises ValueError, naming the tensors, if an adapter does not fit a model."""
+    training = Training(vision_lora=adapter.vision_lora, language_lora=adapter.language_lora)
+    faults = state_faults(adapter.state, adapter_shapes(config, training))
+    raise_faults(faults, f"{adapter.source} does not fit this model")
+
+
+def apply_adapter(model: SQLlavaForConditionalGeneration, adapter: Adapter) -> None:
+    """Merges an adapter into a model that has none, and that ZeRO-3 may have partitioned."""
+    for name, parameter in model.named_parameters():
+        with gathered([parameter], write=True), torch.no_grad():
+            if parameter.numel():
+                parameter.copy_(adapter.merged(name, parameter))
+
+
+def save_adapter(model: PeftModel, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes adapter_config.json, adapter_model.safetensors and the model's config.json."""
+    config = model.peft_config["default"]
+    before, config.inference_mode = config.inference_mode, True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    config.inference_mode = before
+    unfinished = folder / f"{ADAPTER_WEIGHTS}.tmp"
+    save_file(state, unfinished, metadata={"format": "pt"})
+    unfinished.replace(folder / ADAPTER_WEIGHTS)
+    cast(PreTrainedModel, model.get_base_model()).config.save_pretrained(folder)
 
 
 def copy_tensors(values: Mapping[nn.Parameter, torch.Tensor]) -> None:

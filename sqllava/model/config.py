@@ -18,6 +18,8 @@ class SQLlavaConfig(LlavaConfig):
         base_language_model: folder or id of the language model it was put together from.
         base_vision_tower: folder or id of the tower; its layers past `select_layer` are left out.
         select_layer: which hidden state of that tower is read, counted in the whole tower.
+        training_facts: the data and the recipe behind the weights, for the model card.
+        figures: what an evaluation measured, for the model card.
     """
 
     model_type = "sqllava"
@@ -31,6 +33,8 @@ class SQLlavaConfig(LlavaConfig):
     base_language_model: str | None = None
     base_vision_tower: str | None = None
     select_layer: int = -2
+    training_facts: dict[str, Any] | None = None
+    figures: dict[str, Any] | None = None
 
     @property
     def image_tokens(self) -> int:

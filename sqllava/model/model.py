@@ -3,10 +3,13 @@
 pixel_values -> vision tower -> projector -> spliced in at `<image>` -> language model -> loss
 """
 
+import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
     AutoModel,
@@ -25,6 +28,7 @@ from transformers.models.llava.modeling_llava import (
 )
 
 from sqllava.encoding import IGNORE_INDEX
+from sqllava.model.card import model_card
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.projector import PrototypeExtractor, build_projector
 
@@ -79,12 +83,16 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
 
         Args:
             pixel_values: [I, 3, H, W].
+            kwargs: for the tower, and so for its attention.
 
         Returns:
             The tower's output; its `pooler_output` is a list of I tensors [image tokens, d_text].
         """
-        pixel_values = pixel_values.to(self.vision_tower.dtype)
-        outputs = self.vision_tower(pixel_values, return_dict=True)
+        # What callers of transformers' Llava pass on unset.
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        outputs = self.vision_tower(
+            pixel_values.to(self.vision_tower.dtype), **given | {"return_dict": True}
+        )
         # The tower ends at the layer that is read (`cut_vision_config`).
         features = outputs.last_hidden_state  # [I, 1 + patches, d_vision]
         if self.config.vision_feature_select_strategy == "default":
@@ -197,6 +205,18 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
             lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.lm_head = lm_head
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves the model as transformers does, with a model card."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / "README.md").write_text(model_card(self.config))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+        """Uploads the model, and its card, for which transformers would put a blank one."""
+        address = super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
+        card = ModelCard(model_card(self.config))
+        card.push_to_hub(repo_id, token=kwargs.get("token"), revision=kwargs.get("revision"))
+        return address
 
     def forward(
         self,

@@ -1,15 +1,17 @@
 """SQLlavaProcessor: pictures -> pixel values, prompts with `<image>` marks -> ids."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, LlavaProcessor, PreTrainedTokenizerBase
+from transformers.image_utils import make_flat_list_of_images
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from sqllava.conversation import IMAGE, Turn
+from sqllava.conversation import IMAGE, Turn, get_template
 from sqllava.encoding import add_image_token, encode_prompt, encode_text
+from sqllava.model.chat import chat_template as make_chat_template
 from sqllava.model.config import SQLlavaConfig
 
 ASPECT_RATIOS = ("pad", "crop")
@@ -39,6 +41,8 @@ class SQLlavaProcessor(LlavaProcessor):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         self.conversation_template = conversation_template
+        if chat_template is None:
+            chat_template = make_chat_template(get_template(conversation_template), tokenizer)
         super().__init__(
             image_processor,
             tokenizer,
@@ -65,7 +69,7 @@ class SQLlavaProcessor(LlavaProcessor):
 
     def __call__(
         self,
-        images: Image.Image | Sequence[Image.Image] | None = None,
+        images: Any = None,
         text: str | Sequence[str] | None = None,
         return_tensors: str | None = "pt",
         **kwargs: Any,
@@ -73,35 +77,75 @@ class SQLlavaProcessor(LlavaProcessor):
         """Prepares a batch.
 
         Args:
-            images: pictures, in order of their `<image>` marks over the whole batch.
-            text: one or several prompts.
+            images: pictures (or their addresses), in order of their `<image>` marks over the whole
+                batch; nested as transformers' chat templates give them, or flat.
+            text: one or several prompts. One that begins with the BOS token is a rendered chat
+                (`apply_chat_template`), and is tokenised as it is; any other is encoded by
+                `sqllava.encoding`.
+            kwargs: transformers' own for text and images, such as `padding`,
+                `return_mm_token_type_ids` and `return_text_replacement_offsets`.
 
         Returns:
             input_ids and attention_mask [B, S] (left-padded), pixel_values [I, 3, H, W].
 
         Raises:
-            ValueError: the number of images is not that of the marks.
+            ValueError: the number of images is not that of the marks, or truncation is wanted,
+                which could cut through an image.
         """
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         data: dict[str, Any] = {}
+        pictures: list[Any] = []
+        if images is not None:
+            fetched = self.image_processor.fetch_images(images)
+            pictures = list(cast(Any, make_flat_list_of_images(fetched)))
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
-            self._check_count(prompts, images)
-            data |= self.pad([encode_text(p, self.tokenizer, self.image_tokens) for p in prompts])
-        if images is not None:
-            data["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
-        return BatchFeature(data, tensor_type=return_tensors)
+            data |= self._encode(prompts, len(pictures), merged)
+        if pictures:
+            options = merged["images_kwargs"] | {"return_tensors": return_tensors}
+            data |= self.image_processor(pictures, **options)
+        return BatchFeature(
+            data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion
+        )
+
+    def _encode(
+        self, prompts: list[str], pictures: int, merged: dict[str, Any]
+    ) -> dict[str, list[Any]]:
+        """Prompts -> input_ids, attention_mask, and what else is asked for, as lists."""
+        options = merged["text_kwargs"]
+        marks = sum(prompt.count(IMAGE) for prompt in prompts)
+        if marks != pictures:
+            raise ValueError(
+                f"the text has {marks} {IMAGE} marks, but {pictures} images were given"
+            )
+        if options.get("truncation"):
+            raise ValueError("truncation could cut through an image: shorten the text instead")
+        special = options.get("add_special_tokens", True)
+        rows = [{"input_ids": self._prompt_ids(prompt, special)} for prompt in prompts]
+        padding = options.get("padding", True)
+        data = dict(self.tokenizer.pad(rows, padding=padding, padding_side="left"))
+        if options.get("return_mm_token_type_ids", merged["return_mm_token_type_ids"]):
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        if options.get(
+            "return_text_replacement_offsets", merged["return_text_replacement_offsets"]
+        ):
+            expanded = [IMAGE * self.image_tokens] * marks
+            offsets = self.get_text_with_replacements(list(prompts), expanded)[1]
+            data["text_replacement_offsets"] = offsets
+        return data
+
+    def _prompt_ids(self, prompt: str, special: bool) -> list[int]:
+        bos = self.tokenizer.bos_token
+        if bos and prompt.startswith(bos):
+            expanded = prompt.replace(IMAGE, IMAGE * self.image_tokens)
+            return self.tokenizer(expanded, add_special_tokens=False).input_ids
+        ids = encode_text(prompt, self.tokenizer, self.image_tokens)
+        return ids if special or not bos else ids[1:]
 
     def pad(self, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Left-pads ids into input_ids and attention_mask [B, S]."""
         batch = [{"input_ids": list(ids)} for ids in prompts]
         return dict(self.tokenizer.pad(batch, padding_side="left", return_tensors="pt"))
-
-    @staticmethod
-    def _check_count(prompts: Sequence[str], images: Any) -> None:
-        marks = sum(prompt.count(IMAGE) for prompt in prompts)
-        given = 0 if images is None else 1 if isinstance(images, Image.Image) else len(images)
-        if marks != given:
-            raise ValueError(f"the text has {marks} {IMAGE} marks, but {given} images were given")
 
 
 def build_processor(

@@ -15,11 +15,9 @@ from sqllava.conversation import TEMPLATES
 from sqllava.model.adapters import Lora, Training
 from sqllava.model.processor import ASPECT_RATIOS
 from sqllava.model.projector import build_projector
+from sqllava.model.published import SELECT_FEATURES
 
 logger = logging.getLogger(__name__)
-
-# The published names of what transformers calls otherwise.
-SELECT_FEATURES = {"patch": "default", "cls_patch": "full"}
 
 
 @dataclass

@@ -24,13 +24,19 @@ from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset
 from sqllava.data.images import ImagePreparer
 from sqllava.data.index import open_index
-from sqllava.model.adapters import is_first_rank, load_adapter_state, prepare_training
+from sqllava.model.adapters import (
+    apply_adapter,
+    is_first_rank,
+    load_adapter_state,
+    prepare_training,
+)
+from sqllava.model.card import RUN_FILE
 from sqllava.model.checkpoint import assemble
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
-from sqllava.model.stage1 import merge_stage1, read_stage1
+from sqllava.model.published import SELECT_FEATURES
+from sqllava.model.stage1 import read_stage1
 from sqllava.train.arguments import (
-    SELECT_FEATURES,
     Arguments,
     parse_arguments,
     report_meaningless,
@@ -45,8 +51,6 @@ from sqllava.train.trainer import (
 )
 
 logger = logging.getLogger("sqllava")
-
-RUN_FILE = "sqllava_run.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -203,19 +207,20 @@ def start_from_stage1(
     path = arguments.model.pretrain_mm_mlp_adapter
     if path is None:
         return
-    layers = cast(Any, trained.config).vision_config.num_hidden_layers
-    stage1 = read_stage1(Path(path), layers)
+    stage1 = read_stage1(Path(path), cast(Any, trained.config))
     if not isinstance(trained, PeftModel):
-        merge_stage1(trained, stage1)
+        apply_adapter(trained, stage1)
         logger.info("starting from %s, merged in", path)
         return
     parts = ["projector"]
-    if arguments.training.vision_lora is not None:
+    # A whole model has its ViT-LoRA merged in, and LLaVA's projectors come without one: then a
+    # new one begins.
+    if arguments.training.vision_lora and stage1.vision_lora:
         parts.append("vision tower")
         alpha = arguments.training.vision_lora.alpha
-        if stage1.vision_alpha not in (None, alpha):
+        if stage1.vision_lora.alpha != alpha:
             raise ValueError(
-                f"{path} was trained with a ViT-LoRA alpha of {stage1.vision_alpha}, but "
+                f"{path} was trained with a ViT-LoRA alpha of {stage1.vision_lora.alpha}, but "
                 f"--lora_alpha_vit is {alpha}: its weights would act with another strength"
             )
     load_adapter_state(trained, stage1.state, parts, path)

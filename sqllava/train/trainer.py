@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
@@ -18,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from sqllava.data.dataset import InstructionDataset
 from sqllava.data.sampler import GroupedSampler
-from sqllava.model.adapters import ADAPTER_WEIGHTS, adapter_state
+from sqllava.model.adapters import adapter_state, save_adapter
 from sqllava.train.arguments import TrainArguments
 from sqllava.train.audit import GradientAudit
 from sqllava.train.optim import build_param_groups
@@ -171,19 +170,6 @@ class SQLlavaTrainer(Trainer):
             rotate_checkpoints(
                 str(folder), limit, best_model_checkpoint=self.state.best_model_checkpoint
             )
-
-
-def save_adapter(model: PeftModel, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """Writes adapter_config.json, adapter_model.safetensors and the model's config.json."""
-    config = model.peft_config["default"]
-    before, config.inference_mode = config.inference_mode, True
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    config.inference_mode = before
-    unfinished = folder / f"{ADAPTER_WEIGHTS}.tmp"
-    save_file(state, unfinished, metadata={"format": "pt"})
-    unfinished.replace(folder / ADAPTER_WEIGHTS)
-    cast(PreTrainedModel, model.get_base_model()).config.save_pretrained(folder)
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
