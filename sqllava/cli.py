@@ -7,6 +7,7 @@ from importlib import import_module
 # command -> (module whose `main(argv)` runs it, what it does). Modules load when they are called.
 COMMANDS = {
     "train": ("sqllava.train.run", "train a stage (the scripts call it through DeepSpeed)"),
+    "eval": ("sqllava.eval.cli", "benchmarks: prepare, run, score, judge, report"),
 }
 
 

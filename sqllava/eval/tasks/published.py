@@ -27,7 +27,7 @@ _CAPTIONS = {"coco": {"LLaVA-1.5-7B (unofficial)": 108.8}}
 
 PUBLISHED: dict[str, dict[str, float]] = _CAPTIONS | {
     task: {
-        model: figures[column] for model, figures in _ROWS.items() if (figures[column]) is not None
+        model: figure for model, figures in _ROWS.items() if (figure := figures[column]) is not None
     }
     for column, task in enumerate(_TASKS)
 }

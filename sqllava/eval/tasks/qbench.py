@@ -65,10 +65,11 @@ def _joined(inputs: Inputs) -> list[tuple[int, Row, str]]:
 
     names = [str(number) for number in range(len(records))]
     answers = join(inputs.answers, names, number_of, inputs.allow_missing)
-    return [
-        (number, records[number], row.get("text", row.get("response")) if row else "")
-        for number, row in ((int(name), row) for name, row in answers.items())
-    ]
+    return [(int(name), records[int(name)], _response(row)) for name, row in answers.items()]
+
+
+def _response(row: Row | None) -> str:
+    return "" if row is None else row.get("text", row.get("response", ""))
 
 
 def judge(inputs: Inputs) -> list[Row]:

@@ -18,6 +18,8 @@ from sqllava.eval.tasks.task import (
     read_llava_questions,
 )
 
+QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
+ANNOTATIONS = "TextVQA_0.5.1_val.json"
 OCR = "Reference OCR token: "
 ANSWERS = 10
 _OLD_FORM = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
@@ -100,13 +102,11 @@ def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:
 TASK = Task(
     name="textvqa",
     title="TextVQA (val)",
-    layout=Layout(
-        "textvqa", "llava_textvqa_val_v051_ocr.jsonl", "train_images", "TextVQA_0.5.1_val.json"
-    ),
+    layout=Layout("textvqa", QUESTIONS, "train_images", ANNOTATIONS),
     files=(
-        File("llava_textvqa_val_v051_ocr.jsonl", EVAL_ZIP, "2 MB"),
+        File(QUESTIONS, EVAL_ZIP, "2 MB"),
         File("train_images/", "textvqa.org: train_val_images.zip", "7 GB"),
-        File("TextVQA_0.5.1_val.json", "textvqa.org", "16 MB"),
+        File(ANNOTATIONS, "textvqa.org", "16 MB"),
     ),
     prompt="{Question}\\nReference OCR token: {token, ...}" + SHORT_ANSWER,
     metric="VQA soft accuracy with EvalAI's normaliser",
