@@ -344,3 +344,7 @@ def report(args: argparse.Namespace) -> None:
     from sqllava.eval.report import write_report
 
     sys.stdout.write(write_report(args.results, args.out or args.results, args.data))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """The judge of open answers: an OpenAI-compatible server -> reviews (LLaVA-Bench), grades (MM-Vet).
 
-Replies are kept word for word as they come; a killed run goes on with what is missing. A request that
-fails for good is counted, and no number stands in for it.
+Replies are kept word for word as they come; a killed run goes on with what is missing. A request
+that fails for good is counted, and no number stands in for it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -102,7 +102,7 @@ class Judge:
             try:
                 done = await self._client.chat.completions.create(
                     model=self.model,
-                    messages=list(request.messages),
+                    messages=cast(Any, list(request.messages)),
                     max_tokens=request.max_tokens,
                     temperature=request.temperature,
                 )
@@ -242,7 +242,8 @@ async def grade(
     """Asks for the grades that are missing in a file, in the official form.
 
     Returns:
-        How many requests failed; they are asked again in a next run.
+        How many grades there are not, for want of a reply or of a number in it; a next run asks for
+        them again.
     """
     grades: dict[str, Row] = read_json(out) if out.is_file() else {}
     missing = []
@@ -259,9 +260,9 @@ async def grade(
             grades[name][field][run] = value
         write_json(out, grades)
 
-    failed = await _all(one, missing)
+    await _all(one, missing)
     write_json(out, grades)
-    return failed + sum(score is None for row in grades.values() for score in row["score"]) - failed
+    return sum(score is None for row in grades.values() for score in row["score"])
 
 
 # --- both -----------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def _item(
     right = predicted == question["answer"]
     item = {
         "question_id": name,
-        "image": question.get("imageId"),
+        "image": f"{question['imageId']}.jpg" if "imageId" in question else None,
         "prediction": predicted,
         "answer": question["answer"],
         "score": float(right),

@@ -69,7 +69,7 @@ def _joined(inputs: Inputs) -> list[tuple[int, Row, str]]:
 
 
 def _response(row: Row | None) -> str:
-    return "" if row is None else row.get("text", row.get("response", ""))
+    return "" if row is None else str(row.get("text", row.get("response", "")))
 
 
 def judge(inputs: Inputs) -> list[Row]:
