@@ -1,5 +1,6 @@
 """Generation: batches equal single questions, runs resume, shards merge, other models run too."""
 
+import multiprocessing
 import os
 import random
 import shutil
