@@ -27,7 +27,7 @@ main() {
     mkdir -p "$OUT/logs" "$OUT/done"
     drop_stale_results
     header "environment"
-    use_environment train
+    use_environment train,eval
     # DeepSpeed compiles its shared-memory op at first use; let it do so beside the drawing.
     compile_op >"$OUT/logs/compile.log" 2>&1 &
     step data "drawing scenes, writing captions, conversations and questions" make_data

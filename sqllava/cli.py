@@ -9,6 +9,7 @@ COMMANDS = {
     "data": ("sqllava.data.cli", "fetch, check, index and look at training data"),
     "train": ("sqllava.train.run", "train a stage (the scripts call it through DeepSpeed)"),
     "convert": ("sqllava.convert", "turn a checkpoint into another layout, or merge an adapter"),
+    "eval": ("sqllava.eval.cli", "benchmarks: prepare, run, score, judge, report"),
 }
 
 

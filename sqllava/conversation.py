@@ -24,6 +24,7 @@ _ASSISTANT_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+_HUMAN_SYSTEM = _ASSISTANT_SYSTEM.replace("user", "human")
 # Released weights were trained with this text joined on without a space.
 _VIRTUAL_USER_SYSTEM = (
     "Also, the artificial intelligence assistant is a curious virtual user. "
@@ -84,6 +85,8 @@ TEMPLATES: dict[str, Template] = {
     for template in (
         Template("plain", caption_only=True),
         Template("v1", _ASSISTANT_SYSTEM, {"user": "USER", "assistant": "ASSISTANT"}),
+        # Q-Bench's published runner asks in this one.
+        Template("llava_v1", _HUMAN_SYSTEM, {"user": "USER", "assistant": "ASSISTANT"}),
         Template(
             "v1_sq",
             _ASSISTANT_SYSTEM + _VIRTUAL_USER_SYSTEM,

@@ -95,7 +95,9 @@ def test_exchanges_join_to_the_whole() -> None:
 
 
 def test_unknown_template_names_the_known() -> None:
-    with pytest.raises(ValueError, match=r"template 'v2'; choose from \['plain', 'v1', 'v1_sq'\]"):
+    with pytest.raises(
+        ValueError, match=r"template 'v2'; choose from \['plain', 'v1', 'llava_v1', 'v1_sq'\]"
+    ):
         get_template("v2")
 
 

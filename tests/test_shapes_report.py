@@ -62,14 +62,15 @@ def run(shapes, tmp_path):
             }
         )
     row = {"question_id": 0, "image": "0.jpg", "text": "?", "answer": "red", "kind": "color"}
-    right = {**row, "unseen_pair": True, "said": "red"}
-    wrong = {**row, "unseen_pair": False, "said": "blue"}
+    right = {**row, "unseen_pair": True, "said": "red", "right": True}
+    wrong = {**row, "unseen_pair": False, "said": "blue", "right": False}
     figures = {
         **evaluate.figures_of_answers([right, wrong], [wrong, wrong]),
         **evaluate.figures_of_asking(asked),
         "scenes": 26,
         "questions": 2,
         "asked_scenes": 26,
+        "benchmarks": {"VQA accuracy": 0.5, "POPE mean F1": 0.25},
     }
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval/asked.json").write_text(json.dumps(asked))
@@ -174,14 +175,3 @@ def test_exact_match_forgives_only_case_spaces_and_a_full_stop(shapes):
     assert evaluate.same(" Red. ", "red")
     assert not evaluate.same("dark red", "red")
     assert not evaluate.same("", "red")
-
-
-def test_answer_lines_have_the_fields_form(shapes):
-    evaluate, _, _ = shapes
-    row = {"question_id": 3, "image": "a.jpg", "text": "Why?", "said": "so", "kind": "color"}
-    (line,) = evaluate.answer_lines(
-        [{**row, "unseen_pair": False, "answer": "no"}], "shapes/stage2"
-    )
-    assert list(line) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
-    assert (line["prompt"], line["text"]) == ("Why?", "so")
-    assert line["metadata"]["answer"] == "no"

@@ -3,8 +3,9 @@
     python demo/shapes/evaluate.py --model checkpoints/shapes/stage2 \
         --data checkpoints/shapes/data --output checkpoints/shapes/eval
 
-Writes answers.jsonl and answers_shuffled.jsonl (the field's format), asked.json and figures.json,
-which `report.py` shows.
+What is answered goes through the benchmarks' own tasks (VQA, GQA, POPE, captions), on the world's
+files in their formats. Writes each task's answers and score, asked.json and figures.json, which
+`report.py` shows.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import json
 import logging
 import random
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +24,19 @@ from tqdm import tqdm
 
 import sqllava
 from sqllava.ask import Decoding, EncodedImage, describing
+from sqllava.eval.engine import Decoding as TaskDecoding
+from sqllava.eval.engine import Engine, open_engine
+from sqllava.eval.generate import Job, generate
+from sqllava.eval.metrics.java import MissingToolError
+from sqllava.eval.score import Score, score
+from sqllava.eval.tasks import get_task
 
 logger = logging.getLogger("evaluate")
 
 BATCH = 256
 ASKED_SCENES = 100
+# Scenes of the POPE and caption files that are tried: all of them would take minutes.
+TRIED_SCENES = 100
 QUESTIONS_A_SCENE = 8
 TEMPERATURE = 1.2
 SEED = 0
@@ -58,31 +66,141 @@ def main() -> None:
 def evaluate(model_path: Path, data: Path, output: Path, asked_scenes: int) -> dict[str, Any]:
     """Asks the model everything, writes what it said, and returns the figures."""
     started = time.monotonic()
-    model, processor = sqllava.load(model_path)
-    questioner = sqllava.SelfQuestioner(model, processor)
-    rows = read_lines(data / "vqa.jsonl")
+    engine = open_engine(str(model_path))
+    engine = engine.for_task(engine.processor.conversation_template, "pad")
+    plain, shuffled, benchmarks = answer_tasks(engine, data, output)
     scenes = {
         name: world.Scene.from_json(things)
         for name, things in json.loads((data / "scenes.json").read_text()).items()
     }
-    images = encode_images(questioner, data / "images", sorted(scenes))
-    plain = answer_rows(questioner, images, rows)
-    shuffled = answer_rows(questioner, images, with_other_images(rows))
-    asked = ask_about(questioner, images, dict(list(scenes.items())[:asked_scenes]))
+    questioner = sqllava.SelfQuestioner(engine.model, engine.processor)
+    chosen = dict(list(scenes.items())[:asked_scenes])
+    images = encode_images(questioner, data / "images", list(chosen))
+    asked = ask_about(questioner, images, chosen)
     figures = {
         **figures_of_answers(plain, shuffled),
         **figures_of_asking(asked),
+        "benchmarks": benchmarks,
         "scenes": len(scenes),
-        "questions": len(rows),
+        "questions": len(plain),
         "asked_scenes": len(asked),
         "evaluation_seconds": round(time.monotonic() - started, 1),
     }
-    model_id = f"{model_path.parent.name}/{model_path.name}"
-    write_lines(output / "answers.jsonl", answer_lines(plain, model_id))
-    write_lines(output / "answers_shuffled.jsonl", answer_lines(shuffled, model_id))
     write_text(output / "asked.json", json.dumps(asked, indent=1))
     write_text(output / "figures.json", json.dumps(figures, indent=1))
     return figures
+
+
+# --- the benchmarks' tasks ------------------------------------------------------------------------
+
+
+def answer_tasks(
+    engine: Engine, data: Path, output: Path
+) -> tuple[list[Row], list[Row], dict[str, float]]:
+    """Answers and scores the tasks.
+
+    Returns:
+        The VQA rows as answered, the same about other images, and each benchmark's figures.
+    """
+    rows = read_lines(data / "vqa.jsonl")
+    annotations = data / "vqa" / "annotations.json"
+    vqa = run_task(engine, "vqav2", data / "vqa.jsonl", annotations, output)
+    others = output / "shuffled" / "vqa.jsonl"
+    half = rows[::2]
+    write_lines(others, with_other_images(half))
+    ids = {row["question_id"] for row in half}
+    kept = json.loads(annotations.read_text())
+    kept["annotations"] = [row for row in kept["annotations"] if row["question_id"] in ids]
+    write_text(others.with_name("annotations.json"), json.dumps(kept))
+    shuffled = run_task(
+        engine,
+        "vqav2",
+        others,
+        others.with_name("annotations.json"),
+        others.parent,
+        data / "images",
+    )
+    # GQA's file asks the same questions: they are answered once.
+    gqa = score(get_task("gqa"), output / "vqav2.jsonl", data / "gqa")
+    pope = try_pope(engine, data, output)
+    benchmarks = {
+        "VQA accuracy": vqa.metrics["overall"] / 100,
+        "GQA accuracy": gqa.metrics["accuracy"] / 100,
+        "POPE mean F1": pope.metrics["f1_mean"],
+        **try_captions(engine, data, output),
+    }
+    return judged(rows, vqa), judged(half, shuffled), benchmarks
+
+
+def run_task(
+    engine: Engine,
+    name: str,
+    questions: Path,
+    annotations: Path,
+    output: Path,
+    images: Path | None = None,
+    decoding: Decoding = ANSWER,
+) -> Score:
+    """Answers a question file and scores the answers, as `sqllava eval run` does."""
+    task = get_task(name)
+    images = images or questions.parent / "images"
+    tokens = TaskDecoding(decoding.max_new_tokens)
+    job = Job(name, questions, images, output / f"{name}.jsonl", tokens)
+    generate(engine, job, task.read_questions(questions), batch_size=BATCH, workers=0)
+    result = score(task, job.out, annotations, questions)
+    write_text(output / f"{name}.score.json", json.dumps(result.as_json(), indent=1))
+    return result
+
+
+def try_pope(engine: Engine, data: Path, output: Path) -> Score:
+    """POPE's three lists, about the first scenes."""
+    folder = output / "pope"
+    for path in (data / "pope").rglob("*.json*"):
+        rows = [row for row in read_lines(path) if tried(row["image"])]
+        write_lines(folder / path.relative_to(data / "pope"), rows)
+    questions = folder / "llava_pope_test.jsonl"
+    return run_task(engine, "pope", questions, folder / "coco", output, data / "images")
+
+
+def try_captions(engine: Engine, data: Path, output: Path) -> dict[str, float]:
+    """Captions of the first scenes; nothing without the `eval` extra, which brings Java."""
+    folder = output / "captions"
+    rows = read_lines(data / "captions" / "questions.jsonl")
+    write_lines(folder / "questions.jsonl", [row for row in rows if tried(row["image"])])
+    listed = json.loads((data / "captions" / "karpathy_test.json").read_text())
+    truth = [row for row in listed if tried(row["image"])]
+    write_text(folder / "karpathy_test.json", json.dumps(truth))
+    try:
+        metrics = run_task(
+            engine,
+            "coco",
+            folder / "questions.jsonl",
+            folder / "karpathy_test.json",
+            output,
+            data / "images",
+            DESCRIPTION,
+        ).metrics
+    except MissingToolError as error:
+        logger.warning("captions are not scored: %s", error)
+        return {}
+    return {"caption CIDEr (of 10)": metrics["cider"], "caption METEOR": metrics["meteor"]}
+
+
+def tried(image: str) -> bool:
+    return int(Path(image).stem) < TRIED_SCENES
+
+
+def judged(rows: Sequence[Row], result: Score) -> list[Row]:
+    """The questions with what was said, and whether the task found it right."""
+    items = {item["question_id"]: item for item in result.items}
+    return [
+        {
+            **row,
+            "said": items[row["question_id"]]["prediction"],
+            "right": items[row["question_id"]]["score"] == 1,
+        }
+        for row in rows
+    ]
 
 
 # --- asking the model -----------------------------------------------------------------------------
@@ -97,19 +215,6 @@ def encode_images(
         pictures = [Image.open(folder / name).convert("RGB") for name in batch]
         encoded.update(zip(batch, questioner.encode(pictures), strict=True))
     return encoded
-
-
-def answer_rows(
-    questioner: sqllava.SelfQuestioner, images: Mapping[str, EncodedImage], rows: Sequence[Row]
-) -> list[Row]:
-    """The rows with the model's answer as `said`, in the order of `question_id`."""
-    answered = []
-    for batch in batches(sorted(rows, key=lambda row: len(row["text"])), "answers"):
-        said = questioner.answer_batch(
-            [images[row["image"]] for row in batch], [row["text"] for row in batch], decoding=ANSWER
-        )
-        answered += [{**row, "said": text} for row, text in zip(batch, said, strict=True)]
-    return sorted(answered, key=lambda row: row["question_id"])
 
 
 def with_other_images(rows: Sequence[Row]) -> list[Row]:
@@ -174,7 +279,7 @@ def same(said: str, answer: str) -> bool:
 
 
 def figures_of_answers(plain: Sequence[Row], shuffled: Sequence[Row]) -> dict[str, Any]:
-    """Exact match: overall, on unseen pairs, with other images, and each kind's."""
+    """Shares that the VQA task found right: all, on unseen pairs, with other images, by kind."""
     return {
         "vqa_accuracy": accuracy(plain),
         "vqa_accuracy_unseen_pairs": accuracy(row for row in plain if row["unseen_pair"]),
@@ -222,7 +327,7 @@ def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def accuracy(rows: Iterable[Row]) -> float | None:
     """Share of rows whose answer is right."""
-    return share(same(row["said"], row["answer"]) for row in rows)
+    return share(row["right"] for row in rows)
 
 
 def share(values: Iterable[bool]) -> float | None:
@@ -232,20 +337,6 @@ def share(values: Iterable[bool]) -> float | None:
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
-def answer_lines(rows: Sequence[Row], model_id: str) -> Iterator[Row]:
-    """Rows in the form that the field's scripts read."""
-    for row in rows:
-        address = f"{model_id}/{row['question_id']}/{row['image']}"
-        yield {
-            "question_id": row["question_id"],
-            "prompt": row["text"],
-            "text": row["said"],
-            "answer_id": uuid.uuid5(uuid.NAMESPACE_URL, address).hex,
-            "model_id": model_id,
-            "metadata": {name: row[name] for name in ("image", "kind", "unseen_pair", "answer")},
-        }
 
 
 def batches(items: Sequence[Any], what: str, size: int = BATCH) -> Iterator[Sequence[Any]]:

@@ -65,6 +65,7 @@ def write_report(run: Path, output: Path, seconds: int | None = None) -> None:
         "lead": lead(figures),
         "figures": figure_cards(figures),
         "answers": answer_table(figures["vqa_by_kind"]),
+        "benchmarks": benchmark_table(figures.get("benchmarks", {})),
         "asking": asking_table(figures["ask_by_kind"]),
         "curves": "".join(curve_figure(title, points) for title, points in curves),
         "pictures": "".join(
@@ -152,6 +153,15 @@ def answer_table(by_kind: Row) -> str:
     )
     head = "<tr><th>kind</th><th class=n>asked</th><th>right</th><th>with other images</th></tr>"
     return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+
+def benchmark_table(figures: Row) -> str:
+    """What the benchmarks' own tasks found."""
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td class=n>{value:.3f}</td></tr>"
+        for name, value in figures.items()
+    )
+    return f"<table><tbody>{rows}</tbody></table>"
 
 
 def asking_table(by_kind: Row) -> str:

@@ -1,0 +1,1 @@
+"""Evaluation: benchmark file -> prompts -> answers.jsonl -> score."""

@@ -1,0 +1,332 @@
+"""Questions -> answers.jsonl: batched, over several processes, resumable.
+
+A process takes a contiguous share of the questions, sorts it by length, and appends each batch's
+answers to its own file in OUT.parts/. Whoever finishes last merges all parts into OUT, in the order
+of the questions. A killed run goes on where it stopped: its batches are cut as before.
+"""
+
+import base64
+import fcntl
+import io
+import json
+import logging
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import torch
+import transformers
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from sqllava.data.images import ImageError, load_image, resolve_image
+from sqllava.eval.engine import Batch, Decoding, Engine, Prompter, decoding_settings
+from sqllava.eval.records import Question, Row, answer_row, line, read_json, write_json, write_text
+
+logger = logging.getLogger(__name__)
+
+BadImages = Literal["error", "mark"]
+BATCH_SIZE = 16
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process's share of the questions: number `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"chunk {self.index} is not one of 0 to {self.count - 1}")
+
+    def items(self, total: int) -> range:
+        """The share, as published: slices of ceil(total / count); the last ones may be empty."""
+        size = math.ceil(total / self.count)
+        return range(min(self.index * size, total), min((self.index + 1) * size, total))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked, and where the answers go.
+
+    Attributes:
+        images: the image folder; None for questions that hold their pictures, or have none.
+        bad_images: "error" stops at a picture that cannot be read; "mark" writes an empty answer
+            with the reason in its metadata.
+    """
+
+    task: str
+    questions: Path
+    images: Path | None
+    out: Path
+    decoding: Decoding
+    bad_images: BadImages = "error"
+
+    @property
+    def parts(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.parts")
+
+    @property
+    def header(self) -> Path:
+        return self.out.with_name(f"{self.out.stem}.header.json")
+
+
+def shard_of_environment() -> Shard:
+    """The share that torchrun or accelerate gives this process; the whole without them."""
+    return Shard(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def generate(
+    engine: Engine,
+    job: Job,
+    questions: Sequence[Question],
+    shard: Shard = Shard(),  # noqa: B008 - frozen
+    batch_size: int = BATCH_SIZE,
+    workers: int = WORKERS,
+) -> bool:
+    """Answers a shard's questions, and merges if no other shard has work left.
+
+    Returns:
+        Whether the answers are complete, in `job.out`.
+
+    Raises:
+        ValueError: the answers that are there were made otherwise, or a picture cannot be read.
+    """
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, found {batch_size}")
+    write_header(job, engine, questions, batch_size)
+    job.parts.mkdir(parents=True, exist_ok=True)
+    items = shard.items(len(questions))
+    part = job.parts / f"{shard.count}_{shard.index}.jsonl"
+    with _appending(part) as file:
+        done = set(read_parts(job, questions))
+        batches = plan(questions, items, batch_size)
+        todo = [batch for batch in batches if not done.issuperset(batch)]
+        dataset = PreparedBatches(todo, questions, job.images, engine.prompter)
+        with tqdm(
+            total=len(items),
+            initial=sum(item in done for item in items),
+            desc=job.task,
+            unit="q",
+            mininterval=1.0,
+        ) as bar:
+            for prepared in _loader(dataset, workers):
+                rows = _answer(engine, job, questions, prepared)
+                fresh = [row for row in rows if row["item"] not in done]
+                # One write a batch: what a kill leaves is whole batches and at most one torn line.
+                file.write("".join(line(row) for row in fresh))
+                file.flush()
+                bar.update(len(fresh))
+    return merge(job, questions)
+
+
+def plan(questions: Sequence[Question], items: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of questions of like length, longest first: what does not fit fails at once."""
+
+    def length(item: int) -> tuple[bool, int, int]:
+        return questions[item].has_image, len(questions[item].text), -item
+
+    ordered = sorted(items, key=length, reverse=True)
+    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prepared:
+    """A batch for the model.
+
+    Attributes:
+        items: the questions in it.
+        inputs: None if none of them can be asked.
+        errors: why some cannot be asked, by item.
+    """
+
+    items: list[int]
+    inputs: Batch | None
+    errors: dict[int, str]
+
+
+class PreparedBatches(Dataset[Prepared]):
+    """Reads pictures and makes the model's inputs, in worker processes."""
+
+    def __init__(
+        self,
+        batches: Sequence[Sequence[int]],
+        questions: Sequence[Question],
+        images: Path | None,
+        prompter: Prompter,
+    ) -> None:
+        self.batches = batches
+        self.questions = questions
+        self.images = images
+        self.prompter = prompter
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Prepared:
+        items, texts, pictures = [], [], []
+        errors: dict[int, str] = {}
+        for item in self.batches[index]:
+            question = self.questions[item]
+            try:
+                picture = read_picture(question, self.images)
+            except ImageError as error:
+                errors[item] = str(error)
+                continue
+            items.append(item)
+            texts.append(question.text)
+            pictures.append(picture)
+        inputs = self.prompter.batch(texts, pictures) if items else None
+        return Prepared(items, inputs, errors)
+
+
+def read_picture(question: Question, images: Path | None) -> Image.Image | None:
+    """A question's picture; None if it has none."""
+    if question.image_base64 is not None:
+        data = io.BytesIO(base64.b64decode(question.image_base64))
+        return load_image(cast(Any, data))
+    if question.image is None:
+        return None
+    if images is None:
+        raise ImageError(f"picture {question.image!r} is in no folder: pass --images")
+    return load_image(resolve_image(images, question.image))
+
+
+def _loader(dataset: PreparedBatches, workers: int) -> DataLoader[Prepared]:
+    return DataLoader(dataset, batch_size=None, num_workers=min(workers, len(dataset)))
+
+
+def _answer(
+    engine: Engine, job: Job, questions: Sequence[Question], prepared: Prepared
+) -> Iterator[Row]:
+    """The answers to a batch, each with its item's number."""
+    for item, error in prepared.errors.items():
+        if job.bad_images == "error":
+            raise ValueError(
+                f"{job.questions}, record {item + 1} (question {questions[item].question_id!r}): "
+                f"{error} (--bad-images mark goes on with an empty answer)"
+            )
+        logger.warning("question %r: %s", questions[item].question_id, error)
+        metadata = {"error": error}
+        yield {"item": item, **answer_row(questions[item], "", engine.model_id, metadata)}
+    if prepared.inputs is None:
+        return
+    texts = engine.answer(prepared.inputs, job.decoding)
+    for item, text in zip(prepared.items, texts, strict=True):
+        yield {"item": item, **answer_row(questions[item], text, engine.model_id)}
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _appending(part: Path) -> Iterator[IO[str]]:
+    """Opens a part for appending, alone, without the torn line that a kill may have left."""
+    with open(part, "a+", encoding="utf-8", newline="\n") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{part}: another process is writing this chunk") from None
+        file.truncate(len(_whole_lines(part)))
+        yield file
+
+
+def _whole_lines(part: Path) -> bytes:
+    content = part.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
+
+
+def read_parts(job: Job, questions: Sequence[Question]) -> dict[int, Row]:
+    """All answers so far, by item, of any number of shards.
+
+    Raises:
+        ValueError: an answer is to another question, or two differ.
+    """
+    found: dict[int, Row] = {}
+    for part in sorted(job.parts.glob("*.jsonl")):
+        for text in _whole_lines(part).splitlines():
+            row = json.loads(text)
+            item = row.pop("item")
+            question = questions[item] if item < len(questions) else None
+            if question is None or (row["question_id"], row["prompt"]) != (
+                question.question_id,
+                question.recorded_prompt,
+            ):
+                raise ValueError(f"{part}: item {item} answers another question")
+            if found.setdefault(item, row)["text"] != row["text"]:
+                raise ValueError(f"{part}: item {item} has two different answers")
+    return found
+
+
+def merge(job: Job, questions: Sequence[Question]) -> bool:
+    """Writes the answers in the questions' order, if all are there.
+
+    Returns:
+        Whether they are.
+    """
+    found = read_parts(job, questions)
+    if len(found) < len(questions):
+        logger.info("%d of %d answers are there", len(found), len(questions))
+        return False
+    write_text(job.out, "".join(line(found[item]) for item in range(len(questions))))
+    logger.info("%d answers: %s", len(found), job.out)
+    return True
+
+
+# --- header ---------------------------------------------------------------------------------------
+
+
+def write_header(
+    job: Job, engine: Engine, questions: Sequence[Question], batch_size: int
+) -> Mapping[str, Any]:
+    """Records what made the answers; refuses to go on with answers that were made otherwise."""
+    settings = {
+        "task": job.task,
+        "questions": len(questions),
+        "questions_sha256": sha256(job.questions.read_bytes()).hexdigest(),
+        "decoding": decoding_settings(job.decoding),
+        "bad_images": job.bad_images,
+        **engine.describe(),
+    }
+    header = {
+        **settings,
+        "questions_file": str(job.questions),
+        "images": str(job.images) if job.images else None,
+        "batch_size": batch_size,
+        "device": str(engine.model.device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    if job.header.is_file():
+        before = read_json(job.header)
+        changed = [name for name, value in settings.items() if before.get(name) != value]
+        if changed:
+            told = "; ".join(f"{n}: {before.get(n)!r} then, {settings[n]!r} now" for n in changed)
+            raise ValueError(
+                f"{job.out} was begun with other settings ({told}): "
+                "give another --answers, or --overwrite"
+            )
+    else:
+        write_json(job.header, header)
+    return header
+
+
+def discard(job: Job) -> None:
+    """Removes all that an earlier run of the job has left."""
+    for path in (*job.parts.glob("*.jsonl"), job.header, job.out):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,219 @@
+"""Answers and annotations -> one JSON object of metrics, with intervals and comparisons."""
+
+import logging
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqllava.eval.records import (
+    Metrics,
+    NoAnswersError,
+    Row,
+    failures,
+    grouped,
+    mean,
+    read_answers,
+    read_json,
+)
+from sqllava.eval.tables import answers_of_sheet
+from sqllava.eval.tasks.task import Inputs, Task
+
+logger = logging.getLogger(__name__)
+
+PERCENTILES = (2.5, 97.5)
+JUDGED = ("reviews", "grades")
+
+
+@dataclass
+class Score:
+    """A task's result, as it is printed.
+
+    Attributes:
+        metrics: raw numbers under the official scorer's names.
+        counts: what was scored, and what could not be.
+        settings: what the metrics depend on.
+        items: the scored things one by one; not printed.
+    """
+
+    task: str
+    metrics: Metrics
+    counts: Row
+    settings: Row
+    items: list[Row] = field(default_factory=list)
+
+    def as_json(self) -> Row:
+        values = asdict(self)
+        del values["items"]
+        return values
+
+
+def read_answers_file(path: Path) -> list[Row]:
+    """Reads answers from JSON lines or from a submitted Excel sheet."""
+    return answers_of_sheet(path) if path.suffix == ".xlsx" else read_answers(path)
+
+
+def header_of(answers: Path | None) -> Row:
+    """What the run that made the answers recorded; nothing for answers from elsewhere."""
+    path = answers and answers.with_name(f"{answers.stem}.header.json")
+    return read_json(path) if path and path.is_file() else {}
+
+
+def score(
+    task: Task,
+    answers: Path | None,
+    annotations: Path,
+    questions: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    allow_missing: bool = False,
+    resamples: int = 0,
+    submission: Path | None = None,
+) -> Score:
+    """Scores a task.
+
+    Args:
+        answers: may be None where stored reviews or grades are scored.
+        annotations: as the task says.
+        questions: the question file, where the join needs it; gives the items their pictures.
+        options: by the name of the task's options.
+        resamples: of the bootstrap; 0 gives no intervals.
+        submission: where to write what the server wants, for a split without public answers.
+
+    Raises:
+        ValueError: answers and annotations do not belong together.
+    """
+    options = {option.name: option.default for option in task.options} | dict(options or {})
+    judged = any(options.get(name) for name in JUDGED)
+    if answers is None and not judged:
+        raise ValueError(f"{task.name} needs --answers")
+    rows = read_answers_file(answers) if answers else []
+    inputs = Inputs(rows, annotations, questions, options, allow_missing)
+    settings = {
+        **{
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in options.items()
+        },
+        "allow_missing": allow_missing,
+        "answers": str(answers) if answers else None,
+        "annotations": str(annotations),
+        "run": header_of(answers),
+    }
+    counts: Row = {"answers": len(rows), "failed_images": failures(rows)}
+    try:
+        items = task.judge(inputs)
+    except NoAnswersError as error:
+        return _submitted(task, inputs, submission, str(error), counts, settings)
+    metrics = task.summarize(items, options)
+    if "failed" in metrics:
+        counts["failed"] = metrics.pop("failed")
+    counts = {"items": len(items), **counts}
+    if resamples:
+        metrics["intervals_95"] = intervals(task, items, options, resamples)
+    if questions is not None:
+        _add_pictures(items, task, questions)
+    return Score(task.name, metrics, counts, settings, items)
+
+
+def _submitted(
+    task: Task, inputs: Inputs, out: Path | None, reason: str, counts: Row, settings: Row
+) -> Score:
+    """Writes the file for the server, where the answers are not public."""
+    if task.submit is None or out is None:
+        raise ValueError(f"{reason}; there is nothing to score here")
+    task.submit(inputs, out)
+    note = f"{reason}; wrote {out} for the benchmark's server"
+    logger.warning("%s", note)
+    return Score(task.name, {}, counts, {**settings, "submission": str(out), "note": note})
+
+
+def _add_pictures(items: list[Row], task: Task, questions: Path) -> None:
+    pictures = {str(q.question_id): q.image for q in task.read_questions(questions)}
+    for item in items:
+        if not item.get("image") and pictures.get(str(item["question_id"])):
+            item["image"] = pictures[str(item["question_id"])]
+
+
+# --- uncertainty ----------------------------------------------------------------------------------
+
+
+def intervals(
+    task: Task, items: Sequence[Row], options: Mapping[str, Any], resamples: int, seed: int = 0
+) -> dict[str, Any]:
+    """95 % bootstrap intervals of the metrics that are single numbers, by percentiles.
+
+    What belongs together (a picture's questions, a question's turns) is drawn together.
+    """
+    summarize = task.resample or task.summarize
+    units = [group for _, group in grouped(items, task.unit)]
+    rng = random.Random(seed)
+    drawn: dict[str, list[float]] = {}
+    for _ in range(resamples):
+        sample = [item for unit in rng.choices(units, k=len(units)) for item in unit]
+        for name, value in summarize(sample, options).items():
+            if isinstance(value, int | float):
+                drawn.setdefault(name, []).append(value)
+    return {name: _percentiles(values) for name, values in drawn.items() if name != "failed"}
+
+
+def _percentiles(values: list[float]) -> list[float]:
+    return [float(value) for value in np.percentile(values, PERCENTILES)]
+
+
+def compare(
+    first: Sequence[Row], second: Sequence[Row], resamples: int = 1000, seed: int = 0
+) -> Row:
+    """Compares two runs item by item.
+
+    Args:
+        first, second: items of the same task, with a `score` each.
+
+    Returns:
+        Means, the difference with its 95 % bootstrap interval, the items that only one got right,
+        and the two-sided sign test's probability of so uneven a split by chance.
+
+    Raises:
+        ValueError: the runs did not score the same things.
+    """
+    ours, theirs = _scores(first), _scores(second)
+    if ours.keys() != theirs.keys():
+        odd = sorted(map(str, ours.keys() ^ theirs.keys()))
+        raise ValueError(f"the runs differ in {len(odd)} items, such as {odd[0]}")
+    differences = [theirs[name] - ours[name] for name in ours]
+    rng = random.Random(seed)
+    means = [mean(rng.choices(differences, k=len(differences))) for _ in range(resamples)]
+    better = [name for name in ours if theirs[name] > ours[name]]
+    worse = [name for name in ours if theirs[name] < ours[name]]
+    return {
+        "items": len(ours),
+        "first": mean(ours.values()),
+        "second": mean(theirs.values()),
+        "difference": mean(differences),
+        "interval_95": _percentiles(means) if differences else None,
+        "better": [name[1] for name in better],
+        "worse": [name[1] for name in worse],
+        "sign_test_p": _sign_test(len(better), len(worse)),
+    }
+
+
+def _scores(items: Sequence[Row]) -> dict[tuple[str, str], float]:
+    """Scores by (split or subtask, id and question): ids alone need not be unique."""
+    scores: dict[tuple[str, str], float] = {}
+    for item in items:
+        if "score" not in item:
+            raise ValueError("these items have no single score to compare")
+        part = str(item.get("split") or item.get("prompt") or "")
+        scores[part, str(item["question_id"])] = item["score"]
+    if len(scores) != len(items):
+        raise ValueError("some items cannot be told apart")
+    return scores
+
+
+def _sign_test(better: int, worse: int) -> float:
+    """The two-sided probability of a split at least as uneven among as many differing items."""
+    total, fewer = better + worse, min(better, worse)
+    tail = sum(math.comb(total, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**total)

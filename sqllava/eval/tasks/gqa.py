@@ -1,0 +1,132 @@
+"""GQA: questions about scenes, exact match, with the figures of the official script."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqllava.eval.metrics.gqa import entailed_ids, gqa_items, gqa_metrics, prediction_of
+from sqllava.eval.records import (
+    Metrics,
+    Row,
+    by_question_id,
+    join,
+    read_json,
+    text_of,
+    write_jsonl,
+    write_text,
+)
+from sqllava.eval.tasks.task import (
+    EVAL_ZIP,
+    SHORT_ANSWER,
+    File,
+    Inputs,
+    Layout,
+    Option,
+    Task,
+    file_in,
+    read_llava_questions,
+    write_pretty,
+)
+
+QUESTIONS = "testdev_balanced_questions.json"
+CHOICES = ("testdev_balanced_choices.json", "testdev_choices.json", "choices.json")
+
+
+def judge(inputs: Inputs) -> list[Row]:
+    """One item per balanced question.
+
+    Consistency looks at entailed questions, which the balanced set alone does not hold: without
+    --consistency it is given only where all of them are there.
+    """
+    path = file_in(inputs.annotations, QUESTIONS)
+    questions = read_json(path)
+    balanced = [name for name, question in questions.items() if question["isBalanced"]]
+    known = [row for row in inputs.answers if by_question_id(row) in questions]
+    strange = [row for row in inputs.answers if by_question_id(row) not in questions]
+    others = [row for row in known if not questions[by_question_id(row)]["isBalanced"]]
+    wanted = set(balanced)
+    scored = [row for row in known if by_question_id(row) in wanted]
+    rows = join([*scored, *strange], balanced, by_question_id, inputs.allow_missing)
+    rows |= join(others, [by_question_id(row) for row in others], by_question_id)
+    predictions = {name: prediction_of(text_of(row)) for name, row in rows.items()}
+    items = gqa_items(
+        questions,
+        predictions,
+        _choices(path.parent),
+        _looks_at_entailed(questions, predictions, bool(inputs.options.get("consistency"))),
+    )
+    for item in items:
+        row = rows[item["question_id"]]
+        item["prompt"] = row and row.get("prompt")
+    return items
+
+
+def _choices(folder: Path) -> Any:
+    for name in CHOICES:
+        if (folder / name).is_file():
+            return read_json(folder / name)
+    return None
+
+
+def _looks_at_entailed(
+    questions: Mapping[str, Any], predictions: Mapping[str, str], asked_for: bool
+) -> bool:
+    needed = entailed_ids(questions, predictions)
+    missing = sorted(name for name in needed if name not in questions or name not in predictions)
+    if missing and asked_for:
+        raise ValueError(
+            f"consistency needs {len(missing)} entailed questions that have no answer here, "
+            f"such as {missing[0]!r}: answer the whole (unbalanced) set"
+        )
+    return not missing
+
+
+def summarize(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:
+    """GQA's figures; `consistency` is None where entailed questions were not there."""
+    return gqa_metrics(items)
+
+
+def submit(inputs: Inputs, out: Path) -> None:
+    """Writes testdev_balanced_predictions.json, for the official script."""
+    rows = [
+        {"questionId": by_question_id(row), "prediction": prediction_of(row["text"])}
+        for row in inputs.answers
+    ]
+    write_text(out, write_pretty(rows))
+
+
+def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:
+    """Makes the question file from testdev_balanced_questions.json."""
+    rows = [
+        {
+            "question_id": name,
+            "image": f"{question['imageId']}.jpg",
+            "text": question["question"] + SHORT_ANSWER,
+            "category": "default",
+        }
+        for name, question in read_json(file_in(source, QUESTIONS)).items()
+    ]
+    write_jsonl(out, rows)
+    return len(rows)
+
+
+TASK = Task(
+    name="gqa",
+    title="GQA (testdev, balanced)",
+    layout=Layout("gqa", "llava_gqa_testdev_balanced.jsonl", "data/images", "data"),
+    files=(
+        File("llava_gqa_testdev_balanced.jsonl", EVAL_ZIP, "2 MB"),
+        File("data/images/", "cs.stanford.edu/people/dorarad/gqa: images.zip", "20 GB"),
+        File(f"data/{QUESTIONS}", "the same: questions1.2.zip", "8 MB of 1.4 GB"),
+    ),
+    prompt="{question}" + SHORT_ANSWER,
+    metric="exact match, and the official script's other figures",
+    headline=("accuracy",),
+    read_questions=read_llava_questions,
+    judge=judge,
+    summarize=summarize,
+    submission="JSON list of {questionId, prediction}, the official script's input",
+    submit=submit,
+    prepare=prepare,
+    options=(Option("--consistency", "fail where consistency cannot be computed", False),),
+)
