@@ -1,0 +1,282 @@
+"""One URL -> one verified file: resumed where it was cut, named when it fails, never wrong.
+
+Under `download.py` on the data's path. What has its final name is whole; what is under way ends in
+`.part`.
+"""
+
+import fcntl
+import hashlib
+import http.client
+import logging
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+# Sizes written with two digits, such as 1.2 GB, and what may be uploaded anew one day.
+_ROUGHLY = 0.1
+_LONGEST_PAUSE = 60.0
+_WORTH_ANOTHER_TRY = (408, 425, 429)
+
+
+class DownloadError(OSError):
+    """A file that could not be fetched; the message holds its address and the reason."""
+
+
+class _CutError(Exception):
+    """A transfer that did not end; trying again may help."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a file must be to get its final name.
+
+    Attributes:
+        size: bytes; 0 if unknown. A `rough` size holds to 10 %, and only where there is no
+            checksum.
+        checksum: "md5:..." or "sha256:...".
+        check: a last look at the file, which raises ValueError if it is not what it should be.
+    """
+
+    size: int = 0
+    rough: bool = False
+    checksum: str = ""
+    check: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to bear with a server.
+
+    Attributes:
+        timeout: seconds without a byte after which a transfer counts as cut.
+        tries: attempts in a row that bring nothing new.
+        pause: seconds before the second of them; doubled for each further one.
+    """
+
+    timeout: float = 60.0
+    tries: int = 6
+    pause: float = 1.0
+
+
+def fetch(
+    url: str,
+    path: Path,
+    expected: Expected = Expected(),
+    patience: Patience = Patience(),
+    quiet: bool = False,
+) -> None:
+    """Downloads a file, going on where an earlier attempt (or process) left off.
+
+    Raises:
+        DownloadError: the server refuses, gives up, or sends something other than what is
+            expected (that is deleted), or another process is at it.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("ab") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DownloadError(f"{path}: another process is downloading it") from None
+        if path.exists():  # finished by another process meanwhile; its .part is no more
+            return
+        transfer = _Transfer(url, handle, part, patience.timeout, quiet)
+        try:
+            _persevere(transfer, patience)
+            _verify(part, expected, transfer)
+        except _WrongFileError as error:
+            part.unlink()
+            raise DownloadError(f"{url}: {error}; deleted") from None
+        part.rename(path)
+    _validator_file(part).unlink(missing_ok=True)
+
+
+class _WrongFileError(Exception):
+    """A file that came whole, but is not the one that is expected."""
+
+
+def _persevere(transfer: "_Transfer", patience: Patience) -> None:
+    most, tries = transfer.size, 0
+    while True:
+        try:
+            transfer.run()
+            return
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code not in _WORTH_ANOTHER_TRY:
+                raise DownloadError(
+                    f"{transfer.url}: HTTP {error.code} {error.reason}"
+                ) from None
+            reason = f"HTTP {error.code} {error.reason}"
+        except (_CutError, http.client.HTTPException, OSError) as error:
+            reason = str(error) or type(error).__name__
+        tries = 0 if transfer.size > most else tries + 1
+        most = max(most, transfer.size)
+        if tries >= patience.tries:
+            raise DownloadError(f"{transfer.url}: gave up after {tries} tries: {reason}")
+        logger.info("%s: %s; trying again", transfer.url, reason)
+        time.sleep(min(patience.pause * 2 ** max(tries - 1, 0), _LONGEST_PAUSE))
+
+
+class _Transfer:
+    """The bytes of one URL, appended to an open file.
+
+    Attributes:
+        total: bytes that the server says there are, once it has said so.
+        published: the SHA-256 that a hub publishes with the file, or "".
+    """
+
+    def __init__(
+        self, url: str, handle: BinaryIO, part: Path, timeout: float, quiet: bool
+    ) -> None:
+        self.url, self._handle, self._timeout, self._quiet = url, handle, timeout, quiet
+        self._validator = _validator_file(part)
+        self.total: int | None = None
+        self.published = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes that are here."""
+        return self._handle.seek(0, 2)
+
+    def run(self) -> None:
+        """Gets what is missing.
+
+        Raises:
+            _CutError, OSError, HTTPException: it did not all come.
+        """
+        redirects = _Redirects()
+        opener = urllib.request.build_opener(redirects)
+        try:
+            response = opener.open(self._request(), timeout=self._timeout)
+        except urllib.error.HTTPError as error:
+            if error.code != 416:
+                raise
+            self._after_416(error)
+            return
+        finally:
+            self.published = redirects.checksum or self.published
+        with response:
+            self._place(response)
+            self._read(response)
+
+    def _request(self) -> urllib.request.Request:
+        request = urllib.request.Request(self.url, headers={"User-Agent": "sqllava"})
+        request.add_header("Accept-Encoding", "identity")
+        have = self.size
+        # Without a way to tell that the file is still the same one, it is fetched anew.
+        if have and self._validator.exists():
+            request.add_header("Range", f"bytes={have}-")
+            request.add_header("If-Range", self._validator.read_text())
+        return request
+
+    def _place(self, response: Any) -> None:
+        """Finds where the answer's bytes belong: at the end, or, of a whole file, at the start."""
+        headers = response.headers
+        if response.status == 206:
+            start, _, total = _content_range(headers.get("Content-Range", ""))
+            if start != self.size:
+                self._restart()
+                raise _CutError(f"asked for byte {self.size}, got {start}")
+            self.total = total
+            return
+        self._restart()
+        length = headers.get("Content-Length")
+        self.total = int(length) if length else None
+        etag = headers.get("ETag", "")
+        validator = headers.get("Last-Modified", "") if etag.startswith("W/") else etag
+        if validator or headers.get("Last-Modified"):
+            self._validator.write_text(validator or headers["Last-Modified"])
+
+    def _after_416(self, error: urllib.error.HTTPError) -> None:
+        """No bytes beyond what is here: either it is whole, or the file is another one by now."""
+        *_, self.total = _content_range(error.headers.get("Content-Range", ""))
+        if self.total != self.size:
+            self._restart()
+            raise _CutError("the file on the server has changed")
+
+    def _read(self, response: IO[bytes]) -> None:
+        bar = tqdm(
+            total=self.total,
+            initial=self.size,
+            desc=self.url.rsplit("/", 1)[-1][:40],
+            unit="B",
+            unit_scale=True,
+            delay=2,
+            disable=self._quiet,
+        )
+        with bar:
+            while chunk := response.read(_CHUNK):
+                self._handle.write(chunk)
+                bar.update(len(chunk))
+        self._handle.flush()
+        if self.total is not None and self.size < self.total:
+            raise _CutError(f"the connection ended at {self.size} of {self.total} bytes")
+
+    def _restart(self) -> None:
+        self._handle.truncate(0)
+        self._validator.unlink(missing_ok=True)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects; notes the SHA-256 that the Hugging Face hub sends along with its own."""
+
+    checksum = ""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str):  # type: ignore[no-untyped-def]
+        linked = headers.get("X-Linked-ETag", "").strip('"')
+        if re.fullmatch("[0-9a-f]{64}", linked):
+            self.checksum = f"sha256:{linked}"
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _validator_file(part: Path) -> Path:
+    return part.with_name(part.name + ".etag")
+
+
+def _content_range(text: str) -> tuple[int | None, int | None, int | None]:
+    """First byte, last byte and total of a Content-Range header; None for what it does not say."""
+    match = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(?:(\d+)|\*)", text.strip())
+    first, last, total = match.groups() if match else (None, None, None)
+    return tuple(None if part is None else int(part) for part in (first, last, total))  # type: ignore[return-value]
+
+
+def _verify(part: Path, expected: Expected, transfer: _Transfer) -> None:
+    size = part.stat().st_size
+    if transfer.total is not None and size != transfer.total:
+        raise _WrongFileError(f"has {size} bytes; the server said {transfer.total}")
+    checksums = [c for c in (expected.checksum, transfer.published) if c]
+    slack = _ROUGHLY * expected.size if expected.rough else 0
+    if expected.size and not (expected.rough and checksums):
+        if abs(size - expected.size) > slack:
+            about = "about " if expected.rough else ""
+            raise _WrongFileError(f"has {size} bytes; expected {about}{expected.size}")
+    for checksum in checksums:
+        kind, digest = checksum.split(":")
+        found = _digest(part, kind)
+        if found != digest:
+            raise _WrongFileError(f"its {kind} is {found}; expected {digest}")
+    if expected.check is not None:
+        try:
+            expected.check(part)
+        except ValueError as error:
+            raise _WrongFileError(error) from None
+
+
+def _digest(path: Path, kind: str) -> str:
+    digest = hashlib.new(kind)
+    with path.open("rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
