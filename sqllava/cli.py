@@ -6,6 +6,7 @@ from importlib import import_module
 
 # command -> (module whose `main(argv)` runs it, what it does). Modules load when they are called.
 COMMANDS = {
+    "data": ("sqllava.data.cli", "fetch, check, index and look at training data"),
     "train": ("sqllava.train.run", "train a stage (the scripts call it through DeepSpeed)"),
 }
 

@@ -5,9 +5,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from sqllava.data import check, download, index_command, show
+from sqllava.data import check, download, make_index, show
 
-COMMANDS = {"download": download, "check": check, "index": index_command, "show": show}
+COMMANDS = {"download": download, "check": check, "index": make_index, "show": show}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from sqllava.conversation import Template
 from sqllava.data.images import load_image, resolve_image
 from sqllava.data.index import RecordIndex
+from sqllava.data.lengths import Measure, known_lengths
 from sqllava.data.records import RecordError, check_record, describe, image_names
 from sqllava.encoding import IGNORE_INDEX, Encoded, encode_record, image_token_id
 
@@ -75,6 +76,8 @@ class InstructionDataset(Dataset[Sample]):
             sample of one ignored token, so that batches keep their shape on every rank; "replace"
             gives the next usable record, one with an image for one with an image if possible.
             Skipped and replaced samples say why in `skipped`.
+        jpeg_draft: pixels a side below which JPEG files are not decoded; None decodes them whole,
+            as published.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class InstructionDataset(Dataset[Sample]):
         sq_r: float = 0.0,
         seed: int = 0,
         bad_samples: BadSamples = "fail",
+        jpeg_draft: int | None = None,
     ) -> None:
         if bad_samples not in get_args(BadSamples):
             choices = get_args(BadSamples)
@@ -103,6 +107,7 @@ class InstructionDataset(Dataset[Sample]):
         self.sq_r = sq_r
         self.seed = seed
         self.bad_samples = bad_samples
+        self.jpeg_draft = jpeg_draft
 
     def __len__(self) -> int:
         return len(self.index)
@@ -125,12 +130,16 @@ class InstructionDataset(Dataset[Sample]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Estimated tokens of each record, int32 [records], good enough to group by.
+        """Tokens of each record, int32 [records]: true ones where they have been counted (see
+        `lengths.py`), else estimated, good enough to group by.
 
-        A rule of thumb: a token for four characters, and the images' placeholders.
+        The estimate is a rule of thumb: a token for four characters, and the images' placeholders.
         """
-        text = self.index.characters // _CHARACTERS_PER_TOKEN
-        lengths = text.astype(np.int64) + self.index.images.astype(np.int64) * self.image_tokens
+        measure = Measure(self.tokenizer, self.template, self.image_tokens)
+        lengths = known_lengths(self.index, measure)
+        if lengths is None:
+            text = self.index.characters // _CHARACTERS_PER_TOKEN
+            lengths = text.astype(np.int64) + self.index.images.astype(np.int64) * self.image_tokens
         return np.minimum(lengths, self.max_length or np.iinfo(np.int32).max).astype(np.int32)
 
     @property
@@ -172,7 +181,8 @@ class InstructionDataset(Dataset[Sample]):
         if self.image_folder is None:
             raise ValueError(f"needs image {names[0]!r}, but no image folder is given")
         paths = [resolve_image(self.image_folder, name) for name in names]
-        return torch.stack([self.prepare_image(load_image(path)) for path in paths])
+        images = [load_image(path, draft=self.jpeg_draft) for path in paths]
+        return torch.stack([self.prepare_image(image) for image in images])
 
     def _blank(self, key: SampleKey, reason: str) -> Sample:
         token = self.tokenizer.bos_token_id

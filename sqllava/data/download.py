@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 from tqdm import tqdm
 
-from sqllava.data.fetch import DownloadError, Expected, Patience, fetch
+from sqllava.data.fetch import Expected, Patience, fetch
 from sqllava.data.sources import GROUPS, SAM_SHARDS, SOURCES, Part, Source, choose
 from sqllava.data.unpack import unpack
 
@@ -45,7 +45,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one file of a source: "complete", "by hand" (a person is needed) or "failed".
+    """What became of one file of a source.
+
+    Attributes:
+        state: "complete", "by hand" (a person is needed) or "failed".
     """
 
     source: str
@@ -83,7 +86,7 @@ def download(sources: list[Source], options: Options) -> list[Outcome]:
     _warn_of_little_space(sources, options.root)
     tasks = [(source, part) for source in sources for part in source.parts]
     with ThreadPoolExecutor(options.jobs) as pool:
-        return list(pool.map(lambda task: _get(*task, options), tasks))
+        return list(pool.map(lambda task: _get(task[0], task[1], options), tasks))
 
 
 def listing(sources: list[Source]) -> str:
@@ -169,8 +172,8 @@ def _sam_link(part: Part, root: Path) -> str:
 
 
 def fetch_covers(dataset: Path, folder: Path, options: Options) -> str:
-    """Fetches the images that OCR-VQA's dataset.json links to, each saved as .jpg whatever its kind,
-    as the annotations name them.
+    """Fetches the covers that OCR-VQA's dataset.json links to, each saved as .jpg whatever its
+    kind, as the annotations name them.
 
     Links that are dead are no failure: some always are. They are counted, and listed with their
     reasons in dead_links.txt beside the dataset. Returns those counts as a note.

@@ -115,9 +115,7 @@ def _persevere(transfer: "_Transfer", patience: Patience) -> None:
             return
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in _WORTH_ANOTHER_TRY:
-                raise DownloadError(
-                    f"{transfer.url}: HTTP {error.code} {error.reason}"
-                ) from None
+                raise DownloadError(f"{transfer.url}: HTTP {error.code} {error.reason}") from None
             reason = f"HTTP {error.code} {error.reason}"
         except (_CutError, http.client.HTTPException, OSError) as error:
             reason = str(error) or type(error).__name__
@@ -137,9 +135,7 @@ class _Transfer:
         published: the SHA-256 that a hub publishes with the file, or "".
     """
 
-    def __init__(
-        self, url: str, handle: BinaryIO, part: Path, timeout: float, quiet: bool
-    ) -> None:
+    def __init__(self, url: str, handle: BinaryIO, part: Path, timeout: float, quiet: bool) -> None:
         self.url, self._handle, self._timeout, self._quiet = url, handle, timeout, quiet
         self._validator = _validator_file(part)
         self.total: int | None = None
@@ -258,10 +254,10 @@ def _verify(part: Path, expected: Expected, transfer: _Transfer) -> None:
         raise _WrongFileError(f"has {size} bytes; the server said {transfer.total}")
     checksums = [c for c in (expected.checksum, transfer.published) if c]
     slack = _ROUGHLY * expected.size if expected.rough else 0
-    if expected.size and not (expected.rough and checksums):
-        if abs(size - expected.size) > slack:
-            about = "about " if expected.rough else ""
-            raise _WrongFileError(f"has {size} bytes; expected {about}{expected.size}")
+    told_by_size = expected.size and not (expected.rough and checksums)
+    if told_by_size and abs(size - expected.size) > slack:
+        about = "about " if expected.rough else ""
+        raise _WrongFileError(f"has {size} bytes; expected {about}{expected.size}")
     for checksum in checksums:
         kind, digest = checksum.split(":")
         found = _digest(part, kind)

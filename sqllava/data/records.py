@@ -7,7 +7,8 @@ A "record" is a LLaVA record, a dict with `conversations` and perhaps `image`; n
 import codecs
 import json
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,9 +27,9 @@ class RecordError(ValueError):
 def iter_records(path: Path | str) -> Iterator[Any]:
     """Reads the records of a JSON array, JSON lines or Parquet file one by one.
 
-    The kind of file is told by its content. `messages` (role, content) are read as `conversations`.
-    Nothing but the syntax is checked: a well-formed file may still hold bad records, or values that
-    are no dict at all; see `check_record`.
+    The kind of file is told by its content. Other fields' names are read as LLaVA's; see
+    `normalize`. Nothing but the syntax is checked: a well-formed file may still hold bad records,
+    or values that are no dict at all; see `check_record`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -38,22 +39,38 @@ def iter_records(path: Path | str) -> Iterator[Any]:
         yield record
 
 
-def iter_with_text(path: Path | str) -> Iterator[tuple[Any, str]]:
-    """Like `iter_records`, each record with its JSON text (as it stands in the file, if it can)."""
+def iter_with_text(
+    path: Path | str, converted: Counter[str] | None = None
+) -> Iterator[tuple[Any, str]]:
+    """Like `iter_records`, each record with its JSON text (as it stands in the file, if it can).
+
+    Args:
+        converted: counts what `normalize` did. It is logged at the end in any case.
+    """
     path = Path(path)
     count = 0
-    renamed = False
+    converted = Counter() if converted is None else converted
     for record, text in _iter_source(path):
-        if _has_messages(record):
-            if not renamed:
-                logger.info("%s: reading 'messages' as 'conversations'", path)
-                renamed = True
-            record = _from_messages(record)
-            text = _to_json(record)
+        if not _is_plain(record):
+            record, changes = normalize(record)
+            if changes:
+                text = _to_json(record)
+                converted.update(changes)
         yield record, text
         count += 1
     if not count:
         raise RecordError(f"{path}: holds no records; expected at least one")
+    for change, records in converted.items():
+        logger.info("%s: %d records: %s", path, records, change)
+
+
+def file_kind(path: Path | str) -> str:
+    """What a source file is, by its content: "Parquet", "JSON array" or "JSON lines"."""
+    with Path(path).open("rb") as handle:
+        if handle.read(4) == b"PAR1":
+            return "Parquet"
+        handle.seek(0)
+        return "JSON array" if _Window(handle, 1 << 10).peek() == "[" else "JSON lines"
 
 
 def check_record(record: Any, path: Path | str, number: int) -> None:
@@ -102,20 +119,81 @@ def _check(record: Any) -> None:
         (turn.text or "").encode()
 
 
-def _has_messages(record: Any) -> bool:
-    if not isinstance(record, dict) or record.get("conversations") is not None:
+def normalize(record: Any) -> tuple[Any, tuple[str, ...]]:
+    """A record in LLaVA's form, and what was done for that (nothing for one that has it already).
+
+    Known other forms: `messages` (role, content) with content as text or as parts, `images`, a
+    `system` text. What is not understood stays as it is, for `check_record` to name.
+    """
+    if not isinstance(record, Mapping):
+        return record, ()
+    record, changes = dict(record), []
+    if record.get("conversations") is None and isinstance(record.get("messages"), list):
+        record["conversations"] = record.pop("messages")
+        changes.append("'messages' read as 'conversations'")
+    if record.get("image") is None and isinstance(record.get("images"), list):
+        record["image"] = record.pop("images")
+        changes.append("'images' read as 'image'")
+    if record.pop("system", None):
+        changes.append(_SYSTEM_LEFT_OUT)
+    turns = record.get("conversations")
+    if isinstance(turns, list):
+        record["conversations"], more = _normalize_turns(turns, record)
+        changes += more
+    return record, tuple(changes)
+
+
+_SYSTEM_LEFT_OUT = "system text left out: the template has its own"
+
+
+def _is_plain(record: Any) -> bool:
+    """Whether a record has LLaVA's form for sure: a quick look, as nearly all have it."""
+    if not isinstance(record, dict) or "images" in record or "system" in record:
         return False
-    return isinstance(record.get("messages"), list)
+    turns = record.get("conversations")
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return isinstance(first, dict) and "from" in first and first["from"] != "system"
 
 
-def _from_messages(record: dict[str, Any]) -> dict[str, Any]:
-    turns = [
-        {"from": turn.get("role"), "value": turn.get("content")} if isinstance(turn, dict) else turn
-        for turn in record["messages"]
-    ]
-    return {key: value for key, value in record.items() if key != "messages"} | {
-        "conversations": turns
-    }
+def _normalize_turns(turns: list[Any], record: dict[str, Any]) -> tuple[list[Any], list[str]]:
+    changes = []
+    if any(isinstance(turn, dict) and "role" in turn and "from" not in turn for turn in turns):
+        turns = [_from_role(turn) for turn in turns]
+        changes.append("'role' and 'content' read as 'from' and 'value'")
+    if turns and isinstance(turns[0], dict) and turns[0].get("from") == "system":
+        turns = turns[1:]
+        changes.append(_SYSTEM_LEFT_OUT)
+    if any(isinstance(turn, dict) and isinstance(turn.get("value"), list) for turn in turns):
+        names: list[Any] = []
+        turns = [_from_parts(turn, names) for turn in turns]
+        if names and record.get("image") is None:
+            record["image"] = names
+        changes.append("content in parts read as text with <image> marks")
+    return turns, changes
+
+
+def _from_role(turn: Any) -> Any:
+    if not isinstance(turn, dict) or "from" in turn:
+        return turn
+    return {"from": turn.get("role"), "value": turn.get("content")}
+
+
+def _from_parts(turn: Any, names: list[Any]) -> Any:
+    """Joins parts such as {"type": "image", "image": name} and {"type": "text", "text": ...}."""
+    parts = turn.get("value") if isinstance(turn, dict) else None
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return turn
+    texts = []
+    for part in parts:
+        if part.get("type") == "image":
+            texts.append(IMAGE + "\n")
+            name = next((part[key] for key in ("image", "path", "url") if part.get(key)), None)
+            names += [] if name is None else [name]
+        elif part.get("type") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            return turn
+    return {**turn, "value": "".join(texts)}
 
 
 def _to_json(record: Any) -> str:

@@ -1,4 +1,4 @@
-"""The one table of what the recipe trains on: where each file comes from, how big, under which terms.
+"""The one table of what the recipe trains on: where files come from, how big, under which terms.
 
 Stands at the very start of the data's path: `download.py` fetches by it, `check.py` counts by it.
 """

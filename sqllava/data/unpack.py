@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -66,9 +67,8 @@ def _members(archive: Path) -> Iterator[_Member]:
             for info in packed.infolist():
                 mode = info.external_attr >> 16
                 kind = "folder" if info.is_dir() else "link" if stat.S_ISLNK(mode) else "file"
-                yield _Member(
-                    info.filename, info.file_size, kind, lambda info=info: packed.open(info)
-                )
+                opener = partial(packed.open, info)
+                yield _Member(info.filename, info.file_size, kind, opener)
         return
     with tarfile.open(archive) as packed_tar:
         for entry in packed_tar:

@@ -105,6 +105,13 @@ class DataArguments:
     max_bad_samples: int = field(
         default=1000, metadata={"help": "Stop when more than this many were skipped or replaced."}
     )
+    jpeg_draft: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode large JPEG files at a half, a quarter or an eighth of their size: "
+            "faster, but not the published pixels."
+        },
+    )
     lazy_preprocess: bool = field(
         default=True, metadata={"help": "Accepted for old scripts; records are always lazy."}
     )

@@ -22,6 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset
+from sqllava.data.images import ImagePreparer
 from sqllava.data.index import open_index
 from sqllava.model.adapters import is_first_rank, load_adapter_state, prepare_training
 from sqllava.model.checkpoint import assemble
@@ -182,13 +183,16 @@ def build_dataset(
         open_index(data_path),
         arguments.data.image_folder,
         processor.tokenizer,
-        processor.prepare_image,
+        ImagePreparer(processor.image_processor),
         arguments.model.version,
         processor.image_tokens,
         arguments.train.model_max_length,
         sq_r=arguments.sq_r,
         seed=arguments.train.seed,
         bad_samples=arguments.data.bad_samples,
+        jpeg_draft=processor.image_processor.crop_size["height"]
+        if arguments.data.jpeg_draft
+        else None,
     )
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from math import log10
 from pathlib import Path
 
 LIMITS = {
@@ -32,11 +33,12 @@ METHOD = (
     "private memory (Private_Dirty + Private_Clean of smaps_rollup, less its value after the fork) "
     "of any of 8 forked workers that read every record, 4 at a time in turn"
 )
-WORDS = (
+TEXT = (
     "the a of and image shows person holding red blue large small table window street dog cat "
     "standing near behind under while background foreground appears suggesting atmosphere "
     "possibly several visible located activity scene detail color light façade naïve 日本 caption"
-).split()
+)
+WORDS = TEXT.split()
 
 
 def make_file(path: Path, count: int) -> None:
@@ -193,8 +195,6 @@ def draw(curve: list[dict], path: Path) -> None:
         "10,000 random reads": [row["read"]["mb_over_imports"] for row in curve],
     }
     colors = ("#b3261e", "#1f5fa8", "#2e7d32")
-    from math import log10
-
     records = [row["records"] for row in curve]
     low, high = log10(records[0]), log10(records[-1])
     top = max(max(values) for values in series.values())
@@ -206,10 +206,14 @@ def draw(curve: list[dict], path: Path) -> None:
     shapes = []
     for (name, values), color in zip(series.items(), colors, strict=True):
         points = " ".join(at(*pair) for pair in zip(records, values, strict=True))
-        shapes.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+        shapes.append(
+            f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>'
+        )
         x, y = points.split()[-1].split(",")
         label = f"{name}: {values[-1]:.0f} MB"
-        shapes.append(f'<text x="{x}" y="{float(y) - 6:.0f}" fill="{color}" text-anchor="end">{label}</text>')
+        shapes.append(
+            f'<text x="{x}" y="{float(y) - 6:.0f}" fill="{color}" text-anchor="end">{label}</text>'
+        )
     for count in records:
         x = at(count, 0).split(",")[0]
         shapes.append(f'<text x="{x}" y="318" text-anchor="middle">{count:,}</text>')
