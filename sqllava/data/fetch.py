@@ -14,8 +14,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -85,7 +86,7 @@ def fetch(
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("ab") as handle:
+    with part.open("ab", buffering=0) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -98,7 +99,12 @@ def fetch(
             _verify(part, expected, transfer)
         except _WrongFileError as error:
             part.unlink()
+            _validator_file(part).unlink(missing_ok=True)
             raise DownloadError(f"{url}: {error}; deleted") from None
+        except DownloadError:
+            if not transfer.size:
+                part.unlink()
+            raise
         part.rename(path)
     _validator_file(part).unlink(missing_ok=True)
 
@@ -135,7 +141,7 @@ class _Transfer:
         published: the SHA-256 that a hub publishes with the file, or "".
     """
 
-    def __init__(self, url: str, handle: BinaryIO, part: Path, timeout: float, quiet: bool) -> None:
+    def __init__(self, url: str, handle: FileIO, part: Path, timeout: float, quiet: bool) -> None:
         self.url, self._handle, self._timeout, self._quiet = url, handle, timeout, quiet
         self._validator = _validator_file(part)
         self.total: int | None = None
@@ -202,7 +208,7 @@ class _Transfer:
             self._restart()
             raise _CutError("the file on the server has changed")
 
-    def _read(self, response: IO[bytes]) -> None:
+    def _read(self, response: http.client.HTTPResponse) -> None:
         bar = tqdm(
             total=self.total,
             initial=self.size,
@@ -213,10 +219,10 @@ class _Transfer:
             disable=self._quiet,
         )
         with bar:
-            while chunk := response.read(_CHUNK):
+            # What is there, and not a full chunk: a kill loses nothing that has come.
+            while chunk := response.read1(_CHUNK):
                 self._handle.write(chunk)
                 bar.update(len(chunk))
-        self._handle.flush()
         if self.total is not None and self.size < self.total:
             raise _CutError(f"the connection ended at {self.size} of {self.total} bytes")
 
