@@ -5,9 +5,15 @@ import os
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from sqllava.data.images import ImageError, load_image, resolve_image
+from sqllava.data.images import ImageError, ImagePreparer, load_image, resolve_image
 
 
 def colours(size=(8, 6)) -> Image.Image:
@@ -137,3 +143,59 @@ def test_missing_files_are_named(tmp_path, name):
     str(caught.value).encode()
     with pytest.raises(ImageError, match="which does not exist"):
         resolve_image(tmp_path / "gone", name)
+
+
+def clip_settings(edge: int) -> dict:
+    return {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
+
+
+SIDES = st.integers(1, 90)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIDES, SIDES, st.booleans(), st.integers(0, 2**32 - 1))
+def test_pixel_values_are_those_of_the_image_processor_bit_for_bit(width, height, pad, seed):
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    processor = LlavaImageProcessorPil(**clip_settings(28), do_pad=pad)
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    prepared = ImagePreparer(processor)(image)
+    assert prepared.dtype == torch.float32 and torch.equal(prepared, expected)
+
+
+def test_cropping_is_that_of_clips_own_processor():
+    image = colours((31, 22)).resize((310, 220))
+    expected = CLIPImageProcessorPil(**clip_settings(56))(image, return_tensors="pt")
+    prepared = ImagePreparer(LlavaImageProcessorPil(**clip_settings(56)))(image)
+    assert torch.equal(prepared, expected["pixel_values"][0])
+
+
+def test_pixel_values_are_those_of_the_published_code(golden):
+    preparer = ImagePreparer(LlavaImageProcessorPil(**clip_settings(56), do_pad=True))
+    images = [load_image(golden / "images" / f"{i}.png") for i in range(4)]
+    published = load_file(golden / "numbers.safetensors")["pixel_values_pad"]
+    assert torch.allclose(torch.stack([preparer(i) for i in images]), published, atol=1e-6)
+
+
+def test_every_level_is_scaled_and_normalised():
+    preparer = ImagePreparer(LlavaImageProcessorPil(**clip_settings(16)))
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(np.stack([levels, levels.T, 255 - levels], axis=-1))
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    values = preparer(image).numpy()
+    for channel in range(3):
+        exact = (np.asarray(image)[:, :, channel] / 255 - mean[channel]) / std[channel]
+        assert np.abs(values[channel] - exact).max() < 1e-6
+
+
+def test_draft_decoding_is_off_by_default_and_never_below_what_is_asked(tmp_path):
+    path = save(tmp_path / "a.jpg", colours((100, 80)).resize((1000, 800)), quality=90)
+    whole = load_image(path)
+    assert whole.size == (1000, 800)
+    drafted = load_image(path, draft=336)
+    assert drafted.size == (500, 400)
+    assert load_image(path, draft=900).size == (1000, 800)
+    difference = np.abs(np.asarray(drafted, float) - np.asarray(whole.reduce(2), float))
+    assert 0 < difference.mean() < 5
+    png = save(tmp_path / "a.png", whole)
+    assert load_image(png, draft=100).size == (1000, 800)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,8 +15,10 @@ from sqllava.data.records import (
     RecordError,
     _iter_json,
     check_record,
+    file_kind,
     iter_records,
     iter_with_text,
+    normalize,
 )
 
 JSON = st.recursive(
@@ -166,7 +169,87 @@ def test_messages_are_read_as_conversations_and_that_is_said_once(tmp_path, capl
     assert records == [{"id": 1, "conversations": turns}] * 3
     check_record(records[0], path, 0)
     assert [json.loads(text) for _, text in iter_with_text(path)] == records
-    assert caplog.text.count("'messages'") == 2  # once for each reading
+    assert caplog.text.count("3 records: 'messages' read as 'conversations'") == 2  # a reading each
+
+
+PLAIN = [{"from": "user", "value": "<image>\nHi"}, {"from": "assistant", "value": "Yes"}]
+MESSAGES = [{"role": "user", "content": "<image>\nHi"}, {"role": "assistant", "content": "Yes"}]
+PARTS = [
+    {
+        "role": "user",
+        "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "Hi"}],
+    },
+    {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
+]
+
+
+@pytest.mark.parametrize(
+    ("other", "changes"),
+    [
+        ({"messages": MESSAGES, "image": "a.jpg"}, ["'messages' read", "'role' and"]),
+        ({"messages": MESSAGES, "images": ["a.jpg"]}, ["'messages'", "'images'", "'role'"]),
+        ({"conversations": MESSAGES, "image": "a.jpg"}, ["'role' and 'content'"]),
+        ({"messages": PARTS}, ["'messages'", "'role'", "in parts"]),
+        ({"messages": PARTS, "image": ["a.jpg"]}, ["'messages'", "'role'", "in parts"]),
+        ({"conversations": PLAIN, "image": "a.jpg", "system": "Be brief."}, ["system text left"]),
+        (
+            {
+                "image": "a.jpg",
+                "conversations": [{"from": "system", "value": "Be brief."}, *PLAIN],
+            },
+            ["system text left"],
+        ),
+        (
+            {
+                "image": "a.jpg",
+                "messages": [{"role": "system", "content": "Be brief."}, *MESSAGES],
+            },
+            ["'messages'", "'role'", "system text left"],
+        ),
+    ],
+    ids=str,
+)
+def test_other_forms_become_the_same_record(tmp_path, other, changes):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([other]))
+    converted = Counter()
+    ((found, text),) = iter_with_text(path, converted)
+    assert found.pop("image") in ("a.jpg", ["a.jpg"])
+    assert found == {"conversations": PLAIN}
+    assert json.loads(text)["conversations"] == PLAIN
+    check_record({**found, "image": "a.jpg"}, path, 0)
+    assert len(converted) == len(changes) and set(converted.values()) == {1}
+    assert all(part in change for part, change in zip(changes, converted, strict=True))
+
+
+def test_llavas_own_form_is_left_as_it_stands(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[ {"id" :1, "conversations":[{"from":"human","value":"Hi"}] } ]')
+    converted = Counter()
+    ((_, text),) = iter_with_text(path, converted)
+    assert text == '{"id" :1, "conversations":[{"from":"human","value":"Hi"}] }' and not converted
+
+
+@settings(deadline=None)
+@given(JSON)
+def test_normalising_understands_or_leaves_alone(value):
+    forms = (value, {"messages": value}, {"conversations": [value]}, {"messages": [value, value]})
+    for form in (*forms, {"conversations": [{"role": "user", "content": value}], "images": value}):
+        once, changes = normalize(form)
+        assert normalize(once) == (once, ())
+        if not changes and not (isinstance(form, dict) and "system" in form):
+            assert once == form
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [(" [1]", "JSON array"), ('{"a": 1}\n', "JSON lines"), ("", "JSON lines")],
+)
+def test_the_kind_is_named(tmp_path, text, kind):
+    (tmp_path / "a").write_text(text)
+    assert file_kind(tmp_path / "a") == kind
+    pq.write_table(pa.Table.from_pylist([{"a": 1}]), tmp_path / "b")
+    assert file_kind(tmp_path / "b") == "Parquet"
 
 
 @pytest.mark.parametrize("text", ["", " \n", "[]", " [ ] "])

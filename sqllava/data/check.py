@@ -13,7 +13,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +273,18 @@ def _examine(item: tuple[int, Any]) -> Examined:
 
 
 def _batches(records: Iterator[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]:
-    progress = tqdm(records, "checking", unit=" records", delay=2)
-    while batch := list(islice(progress, _BATCH)):
+    batch: list[tuple[Any, str]] = []
+    try:
+        for record in tqdm(records, "checking", unit=" records", delay=2):
+            batch.append(record)
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+    except RecordError:  # what stands before a fault in the file counts, too
+        if batch:
+            yield batch
+        raise
+    if batch:
         yield batch
 
 
@@ -388,9 +397,9 @@ def write(report: Report, folders: dict[str, tuple[int, int, bool]], folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     lengths = np.asarray(report.lengths, dtype=np.int64)
     counted = histogram.count(lengths)
-    values = asdict(report)
-    del values["lengths"]
+    values = {name: value for name, value in vars(report).items() if name != "lengths"}
     values |= {
+        "faults": [asdict(fault) for fault in report.faults],
         "usable": report.usable,
         "text_only_share": report.text_only / max(report.usable, 1),
         "supervised_share": report.supervised / max(report.tokens, 1),

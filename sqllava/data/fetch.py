@@ -14,9 +14,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -86,7 +85,7 @@ def fetch(
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("ab", buffering=0) as handle:
+    with part.open("ab") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -141,7 +140,7 @@ class _Transfer:
         published: the SHA-256 that a hub publishes with the file, or "".
     """
 
-    def __init__(self, url: str, handle: FileIO, part: Path, timeout: float, quiet: bool) -> None:
+    def __init__(self, url: str, handle: BinaryIO, part: Path, timeout: float, quiet: bool) -> None:
         self.url, self._handle, self._timeout, self._quiet = url, handle, timeout, quiet
         self._validator = _validator_file(part)
         self.total: int | None = None
@@ -222,6 +221,7 @@ class _Transfer:
             # What is there, and not a full chunk: a kill loses nothing that has come.
             while chunk := response.read1(_CHUNK):
                 self._handle.write(chunk)
+                self._handle.flush()
                 bar.update(len(chunk))
         if self.total is not None and self.size < self.total:
             raise _CutError(f"the connection ended at {self.size} of {self.total} bytes")

@@ -163,9 +163,10 @@ def _normalize_turns(turns: list[Any], record: dict[str, Any]) -> tuple[list[Any
     if turns and isinstance(turns[0], dict) and turns[0].get("from") == "system":
         turns = turns[1:]
         changes.append(_SYSTEM_LEFT_OUT)
-    if any(isinstance(turn, dict) and isinstance(turn.get("value"), list) for turn in turns):
-        names: list[Any] = []
-        turns = [_from_parts(turn, names) for turn in turns]
+    names: list[Any] = []
+    joined = [_from_parts(turn, names) for turn in turns]
+    if any(new is not old for new, old in zip(joined, turns, strict=True)):
+        turns = joined
         if names and record.get("image") is None:
             record["image"] = names
         changes.append("content in parts read as text with <image> marks")

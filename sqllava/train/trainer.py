@@ -51,6 +51,7 @@ class SQLlavaTrainer(Trainer):
         self.max_bad_samples = max_bad_samples
         self.counts: Counter[str] = Counter()
         self.bad_samples = 0
+        self._named: set[int] = set()
         self._last_log = time.monotonic()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
@@ -89,7 +90,9 @@ class SQLlavaTrainer(Trainer):
             self.counts.update({name: stats[name] for name in _COUNTED})
             for index, reason in stats["skipped"]:
                 self.counts["skipped"] += 1
-                logger.warning("record %d was not used: %s", index, reason)
+                if index not in self._named:
+                    logger.warning("record %d was not used: %s", index, reason)
+                self._named.add(index)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
