@@ -51,6 +51,7 @@ class SQLlavaTrainer(Trainer):
         self.max_bad_samples = max_bad_samples
         self.counts: Counter[str] = Counter()
         self.bad_samples = 0
+        self._bad: dict[int, str] = {}  # seen by this rank since the last log line
         self._named: set[int] = set()
         self._last_log = time.monotonic()
 
@@ -90,15 +91,15 @@ class SQLlavaTrainer(Trainer):
             self.counts.update({name: stats[name] for name in _COUNTED})
             for index, reason in stats["skipped"]:
                 self.counts["skipped"] += 1
-                if index not in self._named:
-                    logger.warning("record %d was not used: %s", index, reason)
-                self._named.add(index)
+                self._bad[index] = reason
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was counted since the last log line, over all ranks."""
         if "loss" in logs:
             logs |= self._statistics()
+        elif "train_loss" in logs:  # the end of the run: what came after the last log line
+            self._statistics()
         super().log(logs, start_time)
         if self.bad_samples > self.max_bad_samples:
             raise TooManyBadSamplesError(
@@ -115,6 +116,8 @@ class SQLlavaTrainer(Trainer):
         total = dict(zip(names, counts.tolist(), strict=True))
         self.counts.clear()
         self.bad_samples += int(total["skipped"])
+        if total["skipped"]:
+            self._name_bad_records()
         tokens = max(total["tokens"], 1.0)
         logs = {
             "tokens_per_second": round(total["tokens"] / self._seconds_since_log(), 1),
@@ -124,6 +127,18 @@ class SQLlavaTrainer(Trainer):
         }
         optional = {"dropped_turns": total["dropped_turns"], "bad_samples": self.bad_samples}
         return logs | {name: value for name, value in optional.items() if value}
+
+    def _name_bad_records(self) -> None:
+        """Logs each record that could not be used once, whichever ranks and epochs met it."""
+        found = [self._bad]
+        if self.args.world_size > 1:
+            found = [{} for _ in range(self.args.world_size)]
+            dist.all_gather_object(found, self._bad)
+        for index, reason in sorted(item for one in found for item in one.items()):
+            if index not in self._named and self.is_world_process_zero():
+                logger.warning("record %d was not used: %s", index, reason)
+            self._named.add(index)
+        self._bad.clear()
 
     def _seconds_since_log(self) -> float:
         now = time.monotonic()
