@@ -134,7 +134,11 @@ def test_the_command_writes_a_table_a_report_and_a_picture(file, images, tmp_pat
         main([*words, "--jobs", "1"])
     assert stop.value.code == 1
     shown = capsys.readouterr().out
-    assert "records            9" in shown and "usable             3" in shown
+    assert (
+        "images             3 (decoded)" in shown
+        and "records            9" in shown
+        and "usable             3" in shown
+    )
     assert "bad record 3 (id '3'): " in shown and "cut.jpg" in shown
     report = json.loads((out / "report.json").read_text())
     assert len(report["faults"]) == 6 and report["text_only_share"] == pytest.approx(1 / 3)

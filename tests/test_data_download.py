@@ -241,8 +241,6 @@ def table(monkeypatch, server):
             ),
         ),
     }
-    for name in ("SOURCES", "GROUPS"):
-        monkeypatch.setitem(getattr(sources, name), "x", None)
     monkeypatch.setattr(sources, "SOURCES", small)
     monkeypatch.setattr(command, "SOURCES", {**SOURCES, **small})
     monkeypatch.setattr(sources, "GROUPS", {"all": tuple(small)})

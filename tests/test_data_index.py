@@ -222,3 +222,10 @@ def test_it_works_in_workers(source, method):
     assert len(pickle.dumps(index)) < 1000
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.apply(read_record, (index, 60)) == record(60)
+
+
+def test_copies_on_other_nodes_give_the_same_index(source, tmp_path):
+    copy = tmp_path / "node2" / source.name
+    copy.parent.mkdir()
+    copy.write_bytes(source.read_bytes())
+    assert open_index(copy).path.read_bytes() == open_index(source).path.read_bytes()

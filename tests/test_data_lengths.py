@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from training import GOLDEN
 
+from sqllava.data.cli import main
 from sqllava.data.dataset import InstructionDataset
 from sqllava.data.index import open_index
 from sqllava.data.lengths import Measure, count_lengths, known_lengths
@@ -58,3 +60,14 @@ def test_the_dataset_uses_them_where_there_are_any(index, measure, tokenizer):
     counted = np.minimum(count_lengths(index, measure), 300)
     assert np.array_equal(dataset().lengths, counted)
     assert not np.array_equal(estimated, counted)
+
+
+def test_the_command_makes_the_index_and_counts(index, capsys):
+    words = ["index", str(index.source), "--model", str(GOLDEN / "vicuna-tiny"), "--jobs", "1"]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"{len(index)} records, {(index.images > 0).sum()} of them with images" in shown
+    assert "tokens, median" in shown
+    assert len(list(index.path.parent.glob("*.lengths-*.npy"))) == 1

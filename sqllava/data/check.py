@@ -11,7 +11,8 @@ import random
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class Report:
         converted: what was read in another form than LLaVA's, and in how many records.
         duplicate_ids: records whose id an earlier one has; LLaVA's own mix has such, and they are
             no fault.
+        images_were: "not looked for", "found" or "decoded".
         estimated: whether lengths are estimated from characters, for want of a tokenizer.
         over_length: usable records longer than `max_length`; their last turns will be dropped.
     """
@@ -74,6 +76,7 @@ class Report:
     file: str
     kind: str
     max_length: int
+    images_were: str
     estimated: bool
     records: int = 0
     faults: list[Fault] = field(default_factory=list)
@@ -214,13 +217,14 @@ def check(examiner: Examiner, jobs: int | None = 1, clean: Path | None = None) -
         str(examiner.file),
         file_kind(examiner.file),
         examiner.max_length,
+        "not looked for" if not examiner.images else "decoded" if examiner.decode else "found",
         estimated=examiner.view.tokenizer is None,
     )
     heavy = examiner.decode or examiner.view.tokenizer is not None
     seen: set[int] = set()
     writer = _CleanWriter(clean) if clean else None
     try:
-        with _mapper(examiner, jobs or 1 if heavy else 1) as mapped:
+        with _mapping(examiner, jobs or 1 if heavy else 1) as mapped:
             for batch in _batches(iter_with_text(examiner.file, report.converted)):
                 numbered = [(report.records + i, record) for i, (record, _) in enumerate(batch)]
                 for (record, text), examined in zip(batch, mapped(numbered), strict=True):
@@ -238,26 +242,16 @@ def check(examiner: Examiner, jobs: int | None = 1, clean: Path | None = None) -
     return report
 
 
-class _mapper:
-    """`map` over one process or several, as a context."""
-
-    def __init__(self, examiner: Examiner, jobs: int) -> None:
-        self._examiner, self._pool = examiner, None
-        if jobs > 1:
-            context = multiprocessing.get_context("fork")
-            self._pool = context.Pool(jobs, _set_examiner, (examiner,))
-
-    def __enter__(self) -> Any:
-        return self._map
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.terminate()
-
-    def _map(self, items: list[tuple[int, Any]]) -> Iterable[Examined]:
-        if self._pool is None:
-            return map(self._examiner, items)
-        return self._pool.map(_examine, items, chunksize=32)
+@contextmanager
+def _mapping(
+    examiner: Examiner, jobs: int
+) -> Iterator[Callable[[list[tuple[int, Any]]], Iterable[Examined]]]:
+    """`map` with the examiner, over one process or several."""
+    if jobs <= 1:
+        yield lambda items: map(examiner, items)
+        return
+    with multiprocessing.get_context("fork").Pool(jobs, _set_examiner, (examiner,)) as pool:
+        yield lambda items: pool.map(_examine, items, chunksize=32)
 
 
 _examiner: Examiner
@@ -373,7 +367,7 @@ def table(report: Report) -> str:
         f"  usable             {report.usable}",
         f"  without an image   {report.text_only} ({report.text_only / usable:.1%})",
         f"  several images     {report.several_images}",
-        f"  images             {report.images}",
+        f"  images             {report.images} ({report.images_were})",
         f"  tokens             {about}{report.tokens}",
         f"  of them targets    {about}{report.supervised} ({report.supervised / tokens:.1%})",
     ]

@@ -7,6 +7,7 @@ it is, what was cut goes on.
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -85,8 +86,13 @@ def download(sources: list[Source], options: Options) -> list[Outcome]:
     """Fetches and unpacks sources, several files at a time; a failure stops none of the others."""
     _warn_of_little_space(sources, options.root)
     tasks = [(source, part) for source in sources for part in source.parts]
-    with ThreadPoolExecutor(options.jobs) as pool:
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
         return list(pool.map(lambda task: _get(task[0], task[1], options), tasks))
+    except KeyboardInterrupt:
+        # Threads would first end their gigabytes; all that they do is safe against a kill.
+        sys.stderr.write("\nstopped; the same command goes on\n")
+        os._exit(130)
 
 
 def listing(sources: list[Source]) -> str:

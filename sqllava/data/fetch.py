@@ -195,10 +195,11 @@ class _Transfer:
         self._restart()
         length = headers.get("Content-Length")
         self.total = int(length) if length else None
+        # If-Range takes strong ETags only.
         etag = headers.get("ETag", "")
-        validator = headers.get("Last-Modified", "") if etag.startswith("W/") else etag
-        if validator or headers.get("Last-Modified"):
-            self._validator.write_text(validator or headers["Last-Modified"])
+        validator = etag if etag.startswith('"') else headers.get("Last-Modified")
+        if validator:
+            self._validator.write_text(validator)
 
     def _after_416(self, error: urllib.error.HTTPError) -> None:
         """No bytes beyond what is here: either it is whole, or the file is another one by now."""
