@@ -175,8 +175,8 @@ img {{ max-width: 336px; margin-right: 1rem; }}
 .fault {{ color: #b3261e; font-weight: bold; }} small {{ color: #555; }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
-<p><span class="t trained">trained tokens</span> are what the model learns to say; the rest is given
-to it. Hover over a token for its id.</p>
+<div><span class="t trained">trained tokens</span> are what the model learns to say; the rest is
+given to it. Hover over a token for its id.</div>
 {articles}
 </body></html>
 """
