@@ -218,8 +218,12 @@ def draw(curve: list[dict], path: Path) -> None:
         )
         label = f"{name}: {rows[-1][1]:.0f} MB for {rows[-1][0]:,}"
         shapes.append(f'<text x="90" y="{60 + 18 * line}" fill="{color}">{label}</text>')
-    for row in curve:
+    taken = 700.0
+    for row in reversed(curve):
         x, _ = at(row["records"], 0)
+        if taken - x < 75:  # no room for its label
+            continue
+        taken = x
         shapes.append(f'<text x="{x:.0f}" y="318" text-anchor="middle">{row["records"]:,}</text>')
     for share in (0, 0.5, 1):
         y = 300 - 260 * share
