@@ -1,0 +1,78 @@
+"""Beginnings of prompts that the language model has read, as keys and values to go on from.
+
+Stands between a prompt and the model in `ask.py`: what a prompt shares with what was read before is
+stacked into the batch's cache, and only the rest is computed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning of a prompt, read.
+
+    Attributes:
+        ids: its tokens, image placeholders among them.
+        states: keys and values, layer by layer: 2 * layers tensors [heads, len(ids), width].
+    """
+
+    ids: list[int]
+    states: list[torch.Tensor]
+
+    def cut(self, length: int) -> "Prefix":
+        """Its first `length` tokens; none of them is copied."""
+        if length == len(self.ids):
+            return self
+        return Prefix(self.ids[:length], [state[:, :length] for state in self.states if length])
+
+
+UNREAD = Prefix([], [])
+
+
+def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens several prompts have in common at their beginning."""
+    first, *others = prompts
+    length = min(map(len, prompts))
+    for other in others:
+        length = next((i for i in range(length) if first[i] != other[i]), length)
+    return length
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, S] padded on the left, and a mask [B, S] that is 1 at what is no padding."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(width) >= width - lengths.unsqueeze(1)
+    return ids.view(len(rows), width), mask.long()
+
+
+def stack(prefixes: Sequence[Prefix]) -> Cache:
+    """One cache for a batch, its rows padded on the left with zeros, as `pad_left` pads the ids."""
+    model = next((prefix.states for prefix in prefixes if prefix.states), [])
+    width = max(len(prefix.ids) for prefix in prefixes)
+    batch = []
+    for number, like in enumerate(model):
+        states = like.new_zeros(len(prefixes), like.shape[0], width, like.shape[2])
+        for row, prefix in zip(states, prefixes, strict=True):
+            if prefix.states:
+                row[:, width - len(prefix.ids) :] = prefix.states[number]
+        batch.append(states)  # [B, heads, S, width]
+    return DynamicCache(zip(batch[::2], batch[1::2], strict=True))
+
+
+def unstack(cache: Cache, row: int, columns: torch.Tensor, ids: list[int]) -> Prefix:
+    """What a row of a batch's cache holds.
+
+    Args:
+        columns: a mask [S'] of the row's own columns, S' not above the cache's; as many as `ids`.
+    """
+    width = len(columns)
+    layers: list[Any] = cache.layers
+    states = [state for layer in layers for state in (layer.keys, layer.values)]
+    return Prefix(ids, [state[row, :, :width][:, columns] for state in states])
