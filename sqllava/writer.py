@@ -246,7 +246,7 @@ class Writer:
     def _features(
         self, images: Sequence[EncodedImage], ids: torch.Tensor
     ) -> dict[str, BaseModelOutputWithPooling] | None:
-        """The images of those rows of ids [B, S] that hold placeholders, as the model takes them."""
+        """The images whose rows of ids [B, S] hold placeholders, as the model takes them."""
         placed = (ids == self.model.config.image_token_id).any(1).tolist()
         features: Any = [image.features for image, here in zip(images, placed, strict=True) if here]
         if not features:
