@@ -133,7 +133,7 @@ class SelfQuestioner(Writer):
         if contexts is None:
             contexts = [describing(text) for text in self.describe_batch(encoded)]
         conversations = [[*context, Turn("vuser", None)] for context in contexts]
-        with _seeded(seed, self.model.device):
+        with seeded(seed, self.model.device):
             drawn = self.complete(conversations, encoded, decoding)
             if redraws and decoding.temperature is not None:
                 drawn = self._without_repeats(drawn, conversations, encoded, decoding, redraws)
@@ -181,7 +181,7 @@ class SelfQuestioner(Writer):
             contexts = [describing(text) for text in self.describe_batch(encoded, answering)]
         turns = [list(context) for context in contexts]
         exchanges: list[list[tuple[str, str]]] = [[] for _ in images]
-        with _seeded(seed, self.model.device):
+        with seeded(seed, self.model.device):
             for _ in range(rounds):
                 questions = self.ask_batch(encoded, asking, contexts=turns)
                 going_on = [row for row, drawn in enumerate(questions) if drawn]
@@ -257,7 +257,7 @@ def question_key(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Draws from `seed` inside the block, then goes on where torch was; None changes nothing."""
     if seed is None:
         yield

@@ -159,8 +159,8 @@ class Writer:
             conversations: each about one image, which belongs to its first turn.
             images: one for each conversation; an image may stand there several times, and what its
                 conversations share at their beginning is read once.
-            stream: takes the texts as they are written, numbered through all conversations; not
-                with beams.
+            stream: takes the texts as they are written, numbered through all conversations; with
+                beams, whole at the end.
 
         Returns:
             For each conversation `decoding.samples` texts.
@@ -175,7 +175,9 @@ class Writer:
         ids, mask, start = self._padded(prefixes, prompts)
         copies = max(decoding.samples, decoding.num_beams)
         cache = stack([prefix for prefix in prefixes for _ in range(copies)])
-        streamer = stream and _Streamer(self, len(prompts) * decoding.samples, stream)
+        streamer = None
+        if stream and decoding.num_beams == 1:
+            streamer = _Streamer(self, len(prompts) * decoding.samples, stream)
         # Cast, because transformers' own types do not fit together.
         generated = cast(Any, self.model).generate(
             input_ids=ids,
@@ -189,6 +191,9 @@ class Writer:
         if copies == 1:
             self._remember(encoded, prompts, rows, mask, cache)
         written = [Written(self._text(row), bool(row) and row[-1] in self.stops) for row in rows]
+        if stream and not streamer:
+            for row, one in enumerate(written):
+                stream(row, one.text, True)
         n = decoding.samples
         return [written[i : i + n] for i in range(0, len(written), n)]
 

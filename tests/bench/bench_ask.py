@@ -34,9 +34,10 @@ from sqllava.model.checkpoint import assemble
 from sqllava.writer import Decoding
 
 METHOD = (
-    "CPU time of one process on CPU, wall time elsewhere; one image: least of --repeats rounds; both sides get the same description and "
+    "CPU time of one process on CPU, wall time elsewhere; both sides get the same description and "
     "draw questions of the same length; the published loop calls generate with the picture, once "
-    "for each question; over many images it is timed on --published-questions and scaled"
+    "for each question; one image: least of --repeats rounds; many images: the published loop is "
+    "timed on --published-questions"
 )
 LIMITS = {"one_image": 1 / 4, "many_images": 1 / 6}
 DESCRIPTION = (
