@@ -115,9 +115,8 @@ def unstack(cache: Cache, row: int, columns: torch.Tensor, ids: list[int]) -> Pr
     """What a row of a batch's cache holds.
 
     Args:
-        columns: a mask [S'] of the row's own columns, S' not above the cache's; as many as `ids`.
+        columns: the numbers of the row's own columns, as many as `ids`.
     """
-    width = len(columns)
     layers: list[Any] = cache.layers
     states = [state for layer in layers for state in (layer.keys, layer.values)]
-    return Prefix(ids, [state[row, :, :width][:, columns] for state in states])
+    return Prefix(ids, [state[row][:, columns] for state in states])

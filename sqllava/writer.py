@@ -4,21 +4,25 @@ The engine under `ask.py`. Pictures are encoded once, what the prompts of an ima
 once (`prefix.py`), and the rows of a batch are decoded together by transformers' `generate`.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from PIL import Image
-from transformers.cache_utils import Cache
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sqllava.conversation import Turn
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
 from sqllava.prefix import UNREAD, Prefix, pad_left, shared_length, stack, unstack
+from sqllava.tree import Tree
 
 ANSWER_TOKENS = 1024
 
@@ -82,6 +86,17 @@ class Decoding:
         if self.temperature is None and self.samples > 1:
             raise ValueError(f"{self.samples} samples need a temperature: they would all be equal")
 
+    def warpers(self) -> LogitsProcessorList:
+        """What makes the distribution to sample from of the model's logits."""
+        warpers = LogitsProcessorList()
+        if self.temperature is not None:
+            warpers.append(TemperatureLogitsWarper(self.temperature))
+            if self.top_k:
+                warpers.append(TopKLogitsWarper(self.top_k))
+            if self.top_p is not None and self.top_p < 1:
+                warpers.append(TopPLogitsWarper(self.top_p))
+        return warpers
+
     def options(self) -> dict[str, Any]:
         """The keyword arguments of transformers' `generate`."""
         options: dict[str, Any] = {
@@ -100,6 +115,12 @@ class Decoding:
 
 
 GREEDY = Decoding()
+# What `Decoding` sets, and what does not shape a text, in a GenerationConfig.
+_SHAPED_HERE = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"),
+    *("do_sample", "temperature", "top_k", "top_p", "num_beams", "num_return_sequences"),
+    *("max_length", "max_new_tokens", "use_cache"),
+}
 
 
 class Writer:
@@ -172,28 +193,10 @@ class Writer:
         prompts = [self.processor.encode_turns(_with_image(turns)) for turns in conversations]
         encoded = self.encode(images)
         prefixes = self._read(encoded, prompts)
-        ids, mask, start = self._padded(prefixes, prompts)
-        copies = max(decoding.samples, decoding.num_beams)
-        cache = stack([prefix for prefix in prefixes for _ in range(copies)])
-        streamer = None
-        if stream and decoding.num_beams == 1:
-            streamer = _Streamer(self, len(prompts) * decoding.samples, stream)
-        # Cast, because transformers' own types do not fit together.
-        generated = cast(Any, self.model).generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            mm_encoder_outputs=self._features(encoded, ids[:, start:]),
-            streamer=streamer,
-            **decoding.options(),
-        )
-        rows = [self._to_end(row) for row in generated[:, ids.shape[1] :].tolist()]
-        if copies == 1:
-            self._remember(encoded, prompts, rows, mask, cache)
+        together = self._takes_branches(prefixes, prompts) and decoding.num_beams == 1
+        decode = self._decode_branches if together else self._generate
+        rows = decode(encoded, prefixes, prompts, decoding, stream)
         written = [Written(self._text(row), bool(row) and row[-1] in self.stops) for row in rows]
-        if stream and not streamer:
-            for row, one in enumerate(written):
-                stream(row, one.text, True)
         n = decoding.samples
         return [written[i : i + n] for i in range(0, len(written), n)]
 
@@ -228,32 +231,57 @@ class Writer:
             image.prefix.cut(shared_length([image.prefix.ids, ids]))
             for image, ids in zip(images, targets, strict=True)
         ]
-        open_ = [row for row, ids in enumerate(targets) if len(prefixes[row].ids) < len(ids)]
-        if open_:
-            held, wanted = [prefixes[row] for row in open_], [targets[row] for row in open_]
-            ids, mask, start = self._padded(held, wanted)
-            cache = stack(held)
-            self.model.model(
-                input_ids=cast(Any, ids[:, start:]),
-                attention_mask=mask,
-                position_ids=cast(Any, (mask.cumsum(1) - 1).clamp(min=0)[:, start:]),
-                past_key_values=cache,
-                mm_encoder_outputs=self._features([images[row] for row in open_], ids[:, start:]),
-                use_cache=True,
-            )
-            for number, row in enumerate(open_):
-                prefixes[row] = unstack(cache, number, mask[number].bool(), targets[row])
+        fresh = [row for row, prefix in enumerate(prefixes) if not prefix.ids]
+        if len(fresh) > 1:
+            # The text before the image is the same for all.
+            before = targets[fresh[0]][: shared_length([targets[row] for row in fresh])]
+            placeholder = self.model.config.image_token_id
+            before = before[: before.index(placeholder)] if placeholder in before else before
+            system = self._read_on([UNREAD], [before], [])[0] if before else UNREAD
+            prefixes = [prefix if prefix.ids else system for prefix in prefixes]
+        behind = [row for row, ids in enumerate(targets) if len(prefixes[row].ids) < len(ids)]
+        read = self._read_on(
+            [prefixes[row] for row in behind],
+            [targets[row] for row in behind],
+            [images[row] for row in behind],
+        )
+        for row, prefix in zip(behind, read, strict=True):
+            prefixes[row] = prefix
         for image, prefix in zip(images, prefixes, strict=True):
             if image.remembers:
                 image.prefix = prefix
         return prefixes
 
+    def _read_on(
+        self,
+        prefixes: Sequence[Prefix],
+        targets: Sequence[list[int]],
+        images: Sequence[EncodedImage],
+    ) -> list[Prefix]:
+        """Reads from the prefixes' ends to the targets', all rows together."""
+        if not targets:
+            return []
+        ids, mask, start = self._padded(prefixes, targets)
+        cache = stack(prefixes)
+        self.model.model(
+            input_ids=cast(Any, ids[:, start:]),
+            attention_mask=mask,
+            position_ids=cast(Any, (mask.cumsum(1) - 1).clamp(min=0)[:, start:]),
+            past_key_values=cache,
+            mm_encoder_outputs=self._features(images, ids[:, start:]),
+            use_cache=True,
+        )
+        return [
+            unstack(cache, row, mask[row].nonzero().flatten(), target)
+            for row, target in enumerate(targets)
+        ]
+
     def _features(
         self, images: Sequence[EncodedImage], ids: torch.Tensor
     ) -> dict[str, BaseModelOutputWithPooling] | None:
         """The images whose rows of ids [B, S] hold placeholders, as the model takes them."""
-        placed = (ids == self.model.config.image_token_id).any(1).tolist()
-        features: Any = [image.features for image, here in zip(images, placed, strict=True) if here]
+        placed = (ids == self.model.config.image_token_id).any(1).nonzero().flatten().tolist()
+        features: Any = [images[row].features for row in placed]
         if not features:
             return None
         return {"image": BaseModelOutputWithPooling(pooler_output=features)}
@@ -277,23 +305,107 @@ class Writer:
         )
         return ids, mask, read[0].shape[1]
 
-    def _remember(
+    def _takes_branches(self, prefixes: Sequence[Prefix], prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether branches give what `generate` would: nothing but `Decoding` shapes the texts, the
+        attention takes a mask of ours, and all images are read."""
+        config: Any = self.model.config.get_text_config()
+        shaped = set(cast(Any, self.model).generation_config.to_diff_dict()) - _SHAPED_HERE
+        placeholder = self.model.config.image_token_id
+        unread = any(placeholder in p[len(q.ids) :] for q, p in zip(prefixes, prompts, strict=True))
+        masks = config._attn_implementation in ("sdpa", "eager")
+        return masks and not (getattr(config, "sliding_window", None) or shaped or unread)
+
+    def _decode_branches(
         self,
         images: Sequence[EncodedImage],
+        prefixes: Sequence[Prefix],
         prompts: Sequence[list[int]],
-        rows: Sequence[list[int]],
-        mask: torch.Tensor,
-        cache: Cache,
-    ) -> None:
-        """Keeps what was written about images that remember, where one text is all there was."""
-        times = Counter(map(id, images))
-        # The last token was written, but never read.
-        read = cache.get_seq_length() - mask.shape[1]
-        for row, image in enumerate(images):
-            if image.remembers and times[id(image)] == 1:
-                new = rows[row][:read]
-                columns = torch.cat([mask[row].bool(), mask.new_ones(len(new)).bool()])
-                image.prefix = unstack(cache, row, columns, [*prompts[row], *new])
+        decoding: Decoding,
+        stream: Stream | None,
+    ) -> list[list[int]]:
+        """Decodes all texts about an image as branches of what their prompts share."""
+        trunks = {id(image): prefix for image, prefix in zip(images, prefixes, strict=True)}
+        numbers = {image: number for number, image in enumerate(trunks)}
+        branches: list[list[list[int]]] = [[] for _ in trunks]
+        places = []  # of each text: its trunk and its branch
+        for image, prefix, prompt in zip(images, prefixes, prompts, strict=True):
+            number = numbers[id(image)]
+            for _ in range(decoding.samples):
+                places.append((number, len(branches[number])))
+                branches[number].append(prompt[len(prefix.ids) :])
+        tree = Tree(self.model.model, list(trunks.values()))
+        steps = self._grow(tree, branches, places, decoding, stream)
+        rows = [self._to_end(row) for row in torch.stack(steps, 1).tolist()]
+        for number, image in enumerate({id(image): image for image in images}.values()):
+            if image.remembers and len(branches[number]) == 1:
+                row = places.index((number, 0))
+                # The last token of the batch was written, but never read.
+                ids = [*prompts[row], *rows[row][: len(steps) - 1]]
+                columns = tree.columns(number, 0).nonzero().flatten()[: len(ids)]
+                image.prefix = unstack(tree.cache, number, columns, ids)
+        return rows
+
+    def _grow(
+        self,
+        tree: Tree,
+        branches: Sequence[Sequence[Sequence[int]]],
+        places: Sequence[tuple[int, int]],
+        decoding: Decoding,
+        stream: Stream | None,
+    ) -> list[torch.Tensor]:
+        """Draws a token a step for each text, until all have ended; ids [texts] for each step."""
+        streamer = _Streamer(self, len(places), stream) if stream else None
+        warp = decoding.warpers()
+        device = self.model.device
+        stops = torch.tensor(sorted(self.stops), device=device, dtype=torch.long)
+        pad = cast(int, self.processor.tokenizer.pad_token_id)
+        rows, columns = torch.tensor(places, device=device).unbind(1)
+        states = tree.start(branches)  # [G, N, d]
+        running = torch.zeros(states.shape[:2], dtype=torch.bool, device=device)
+        running[rows, columns] = True
+        steps: list[torch.Tensor] = []
+        while True:
+            logits = self.model.lm_head(states).flatten(0, 1).float()  # [G * N, V]
+            if decoding.temperature is None:
+                drawn = logits.argmax(-1)
+            else:
+                scores = warp(cast(Any, None), cast(Any, logits))
+                drawn = scores.softmax(-1).multinomial(1).squeeze(1)
+            ids = drawn.view(running.shape).masked_fill(~running, pad)
+            steps.append(ids[rows, columns])
+            if streamer:
+                streamer.put(steps[-1])
+            running &= ~torch.isin(ids, stops)
+            if len(steps) == decoding.max_new_tokens or not running.any():
+                break
+            states = tree.grow(ids)
+        if streamer:
+            streamer.end()
+        return steps
+
+    def _generate(
+        self,
+        images: Sequence[EncodedImage],
+        prefixes: Sequence[Prefix],
+        prompts: Sequence[list[int]],
+        decoding: Decoding,
+        stream: Stream | None,
+    ) -> list[list[int]]:
+        """Decodes with transformers' `generate`, each text in a row of its own."""
+        ids, mask, start = self._padded(prefixes, prompts)
+        copies = max(decoding.samples, decoding.num_beams)
+        # Cast, because transformers' own types do not fit together.
+        generated = cast(Any, self.model).generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=stack([prefix for prefix in prefixes for _ in range(copies)]),
+            mm_encoder_outputs=self._features(images, ids[:, start:]),
+            **decoding.options(),
+        )
+        rows = [self._to_end(row) for row in generated[:, ids.shape[1] :].tolist()]
+        for number, row in enumerate(rows if stream else ()):
+            cast(Stream, stream)(number, self._text(row), True)
+        return rows
 
     def _to_end(self, ids: list[int]) -> list[int]:
         """Written ids up to the first token that ends the text."""
@@ -305,7 +417,7 @@ class Writer:
         return cast(str, tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-class _Streamer(BaseStreamer):
+class _Streamer:
     """Takes the tokens of a batch step by step, and hands their text on as far as it is certain."""
 
     def __init__(self, writer: Writer, rows: int, stream: Stream) -> None:
@@ -313,13 +425,9 @@ class _Streamer(BaseStreamer):
         self._ids: list[list[int]] = [[] for _ in range(rows)]
         self._sent = [""] * rows
         self._open = set(range(rows))
-        self._at_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the prompts first, then a token for each row."""
-        if self._at_prompt:
-            self._at_prompt = False
-            return
+        """Takes a token for each row."""
         for row, token in enumerate(value.tolist()):
             if row in self._open:
                 self._ids[row].append(token)

@@ -34,30 +34,29 @@ def images(golden):
 
 
 class Steps:
-    """Every row that a model has generated, with the logits behind each of its tokens."""
+    """Every text that a writer has decoded, with the logits behind each of its tokens."""
 
-    def __init__(self, model, monkeypatch):
+    def __init__(self, writer, monkeypatch):
         self.rows: list[tuple[list[int], list[int], torch.Tensor]] = []
         self._steps: list[torch.Tensor] = []
-        self._generate = model.generate
-        self._hook = model.lm_head.register_forward_hook(
-            lambda module, args, logits: self._steps.append(logits[:, -1])
+        self._decode = writer._decode_branches
+        self._hook = writer.model.lm_head.register_forward_hook(
+            lambda module, args, logits: self._steps.append(logits)
         )
-        monkeypatch.setattr(model, "generate", self._recorded)
+        monkeypatch.setattr(writer, "_decode_branches", self._recorded)
 
-    def _recorded(self, **kwargs):
+    def _recorded(self, images, prefixes, prompts, decoding, stream):
         self._steps.clear()
-        ids = self._generate(**kwargs)
-        width = kwargs["input_ids"].shape[1]
-        prompts = [
-            row[mask.bool()].tolist()
-            for row, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)
-        ]
-        logits = torch.stack(self._steps, 1)  # [rows, new tokens, V]
-        copies = len(ids) // len(prompts)
-        for row, (written, steps) in enumerate(zip(ids[:, width:].tolist(), logits, strict=True)):
-            self.rows.append((prompts[row // copies], written, steps))
-        return ids
+        rows = self._decode(images, prefixes, prompts, decoding, stream)
+        trunks = list({id(image): None for image in images})
+        branches = [0] * len(trunks)
+        for number, written in enumerate(rows):
+            source = number // decoding.samples
+            trunk = trunks.index(id(images[source]))
+            logits = torch.stack([step[trunk, branches[trunk]] for step in self._steps])
+            branches[trunk] += 1
+            self.rows.append((prompts[source], written, logits[: len(written)]))
+        return rows
 
     def close(self):
         self._hook.remove()
@@ -65,7 +64,7 @@ class Steps:
 
 @pytest.fixture
 def steps(questioner, monkeypatch):
-    recorded = Steps(questioner.model, monkeypatch)
+    recorded = Steps(questioner, monkeypatch)
     yield recorded
     recorded.close()
 
@@ -100,10 +99,9 @@ def fresh_logits(questioner, image, prompt, written):
 def check_logits(questioner, image_of_row, steps):
     assert steps.rows
     for number, (prompt, written, logits) in enumerate(steps.rows):
+        assert len(written) == len(logits)
         fresh = fresh_logits(questioner, image_of_row(number), prompt, written)
-        # After its end a row is padding.
-        end = next((i + 1 for i, t in enumerate(written) if t in questioner.stops), len(written))
-        torch.testing.assert_close(logits[:end], fresh[:end], atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, fresh, atol=1e-4, rtol=0)
 
 
 def test_sampled_questions_come_from_the_logits_of_a_fresh_pass(questioner, images, steps):
@@ -267,7 +265,7 @@ def test_prefixes_come_back_from_a_batch_as_they_went_in(rows):
     cache, (_, mask) = stack(prefixes), pad_left(rows, 0)
     assert cache.get_seq_length() == mask.shape[1]
     for number, prefix in enumerate(prefixes):
-        back = unstack(cache, number, mask[number].bool(), prefix.ids)
+        back = unstack(cache, number, mask[number].nonzero().flatten(), prefix.ids)
         assert all(torch.equal(a, b) for a, b in zip(back.states, prefix.states, strict=False))
 
 
