@@ -128,7 +128,7 @@ class SelfQuestioner(Writer):
         redraws: int = REDRAWS,
     ) -> list[list[str]]:
         """Samples `decoding.samples` questions about each of many images; see `ask`."""
-        self._check_asks()
+        self.check_asks()
         encoded = self._remembering(images)
         if contexts is None:
             contexts = [describing(text) for text in self.describe_batch(encoded)]
@@ -174,7 +174,7 @@ class SelfQuestioner(Writer):
         answering: Decoding = GREEDY,
     ) -> list[list[tuple[str, str]]]:
         """Converses about each of many images, all of them together; see `converse`."""
-        self._check_asks()
+        self.check_asks()
         asking = replace(asking, samples=1)
         encoded = self._remembering(images)
         if contexts is None:
@@ -240,7 +240,8 @@ class SelfQuestioner(Writer):
             texts = [several[0] for several in again]
         return kept
 
-    def _check_asks(self) -> None:
+    def check_asks(self) -> None:
+        """Raises ValueError if the model's template has no role that asks."""
         template = get_template(self.processor.conversation_template)
         if "vuser" not in (template.tags or {}):
             raise ValueError(

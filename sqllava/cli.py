@@ -7,6 +7,7 @@ from importlib import import_module
 # command -> (module whose `main(argv)` runs it, what it does). Modules load when they are called.
 COMMANDS = {
     "ask": ("sqllava.ask_command", "describe pictures, ask about them, or make data of a folder"),
+    "serve": ("sqllava.serve", "serve a page to question images in a browser"),
     "train": ("sqllava.train.run", "train a stage (the scripts call it through DeepSpeed)"),
 }
 
