@@ -131,6 +131,11 @@ class Page:
         talk.turns = [*asked, Turn("assistant", text)]
         yield talk.chat()
 
+    def forget(self, talk: Talk | None) -> None:
+        """Takes back all exchanges; the description stays."""
+        if talk:
+            talk.turns = talk.turns[:2]
+
     def _written(self, write: Callable[[Stream], str]) -> Iterator[str]:
         """What `write` has written so far, whenever there is more of it."""
         pieces: queue.Queue[str | BaseException | None] = queue.Queue()
@@ -178,8 +183,10 @@ def build(page: Page, examples: Sequence[Path] = ()) -> Any:
                     gr.Button(visible=False, elem_id=f"question-{number}")
                     for number in range(MOST_QUESTIONS)
                 ]
-                more = gr.Button("Ask other questions", visible=False, elem_id="more")
-                chat = gr.Chatbot(label="Answers", elem_id="chat", render_markdown=False)
+                more = gr.Button("Ask other questions", visible=False, elem_id="more", size="sm")
+                # Without its button to share, which would send the talk elsewhere.
+                chat = gr.Chatbot(label="Answers", elem_id="chat", render_markdown=False,
+                                  buttons=["copy"])  # fmt: skip
                 own = gr.Textbox(label="Your question", max_length=MOST_CHARACTERS, elem_id="own",
                                  submit_btn=True)  # fmt: skip
 
@@ -212,6 +219,7 @@ def build(page: Page, examples: Sequence[Path] = ()) -> Any:
         more.click(ask, [talk, *sampling], buttons, **one)
         for button in questions:
             button.click(answer, [button, talk, gr.State("vuser")], [chat, own], **one)
+        chat.clear(page.forget, talk)
         own.submit(answer, [own, talk, gr.State("user")], [chat, own], **one)
     return blocks.queue(max_size=WAITING)
 
@@ -264,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--question-tokens", type=int, default=128, help="longest question")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio looks whether it is up with it
     try:
         serve(args)
     except (FileNotFoundError, ValueError) as error:

@@ -1,1 +1,1 @@
-"""Evaluation."""
+"""Evaluation: benchmark file -> prompts -> answers.jsonl -> score."""
