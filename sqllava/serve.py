@@ -254,8 +254,8 @@ def _told() -> Iterator[None]:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Serves the page until it is interrupted."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the flags."""
     parser = argparse.ArgumentParser(
         prog="sqllava serve", description="Serves a page to question images with a model."
     )
@@ -270,7 +270,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--folder", type=Path, help="for uploaded images (default: a temporary one)")
     add("--answer-tokens", type=int, default=512, help="longest description and answer")
     add("--question-tokens", type=int, default=128, help="longest question")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serves the page until it is interrupted."""
+    args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio looks whether it is up with it
     try:
