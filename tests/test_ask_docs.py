@@ -26,7 +26,7 @@ def commands():
                 yield words[1:]
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_commands_parse(words):
     parse = {"ask": ask_command.parse_arguments, "serve": serve.parse_arguments}[words[0]]
     assert parse(words[1:]).model
