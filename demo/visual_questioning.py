@@ -2,35 +2,18 @@
 
     python demo/visual_questioning.py --model_path checkpoints/sqllava-7b-lora --image photo.jpg
 
-A thin front to `sqllava.SelfQuestioner`, with the flags of the published demo; each may be written
-with underscores or hyphens.
+The flags of the published demo before what `sqllava ask` does; each may be written with underscores
+or hyphens.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """A question of the model's and its own answer."""
-
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What the model said about one image."""
-
-    image: str
-    description: str
-    exchanges: list[Exchange]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -97,47 +80,29 @@ def load_questioner(args: argparse.Namespace):
     return sqllava.SelfQuestioner(model, processor)
 
 
-def question_image(questioner, path: str, image: Image.Image, args: argparse.Namespace):
-    """Describes an image, asks about it, and answers each question."""
-    from sqllava.ask import ANSWER_TOKENS, QUESTION_TOKENS, Decoding, describing
-
-    answering = Decoding(args.max_new_tokens or ANSWER_TOKENS, num_beams=args.num_beams)
-    encoded = questioner.encode([image])
-    description = questioner.describe_batch(encoded, answering)[0]
-    context = describing(description)
-    questions = questioner.ask(
-        encoded[0],
-        n=args.n_shot,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens or QUESTION_TOKENS,
-        seed=args.seed,
-        context=context,
-    )
-    n = len(questions)
-    answers = questioner.answer_batch(encoded * n, questions, [context] * n, answering, "vuser")
-    return Conversation(path, description, list(map(Exchange, questions, answers)))
-
-
-def show(conversation: Conversation) -> None:
-    """Prints a conversation for people."""
-    print(f"{conversation.image}\n  {conversation.description}")
-    for number, exchange in enumerate(conversation.exchanges, 1):
-        print(f"  VUSER {number}: {exchange.question}\n         {exchange.answer}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
         images = {path: open_image(path) for path in args.image}
         questioner = load_questioner(args)
+        from sqllava.ask import QUESTION_TOKENS
+        from sqllava.ask_command import Plan, Transcript, converse
+        from sqllava.writer import ANSWER_TOKENS, Decoding
+
+        asking = Decoding(
+            args.max_new_tokens or QUESTION_TOKENS,
+            args.n_shot,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+        )
+        answering = Decoding(args.max_new_tokens or ANSWER_TOKENS, num_beams=args.num_beams)
+        plan = Plan(asking, answering, seed=args.seed)
+        transcript = None if args.json else Transcript(sys.stdout)
         for path, image in images.items():
-            conversation = question_image(questioner, path, image, args)
+            conversation = converse(questioner, path, image, plan, transcript)
             if args.json:
                 print(json.dumps(asdict(conversation), ensure_ascii=False), flush=True)
-            else:
-                show(conversation)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -3,7 +3,7 @@
 #     scripts/test.sh [--all] [pytest arguments]      --all runs the slow tests too
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-use_environment train,eval,test
+use_environment train,eval,serve,test
 cd "$REPO"
 
 selection="not slow"

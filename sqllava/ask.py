@@ -1,83 +1,23 @@
 """SelfQuestioner: an image -> its description, questions about it, and answers to them.
 
-The model's use after training. Everything goes one way: pictures are encoded once, turns become a
-prompt that ends in a role tag, and `complete` writes what that role says.
+The model's use after training. Turns become a conversation whose last turn is open, and the writer
+beneath (`writer.py`) writes it, computing once what several of them share.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from dataclasses import replace
+from typing import Literal
 
 import torch
-from PIL import Image
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sqllava.conversation import DESCRIBE_QUESTION, Turn, get_template
-from sqllava.model.model import SQLlavaForConditionalGeneration
-from sqllava.model.processor import SQLlavaProcessor
+from sqllava.writer import ANSWER_TOKENS, GREEDY, Decoding, EncodedImage, Picture, Stream, Writer
 
-ANSWER_TOKENS = 1024
 QUESTION_TOKENS = 300
+# How often questions that have been asked before are drawn anew.
+REDRAWS = 3
 
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image as the language model sees it: features [image tokens, d_text].
-
-    Stands wherever an image may, so that several calls share one pass through the tower.
-    """
-
-    features: torch.Tensor
-
-
-Picture = Image.Image | EncodedImage
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How texts are written: greedily without a temperature, sampled with one.
-
-    Attributes:
-        samples: texts per conversation; more than one needs a temperature.
-        temperature, top_k, top_p: of the sampling; None leaves the last two out.
-        num_beams: beams of a search without sampling.
-    """
-
-    max_new_tokens: int = ANSWER_TOKENS
-    samples: int = 1
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    num_beams: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "samples", "num_beams"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"the temperature must be above 0, found {self.temperature}")
-        if self.temperature is None and self.samples > 1:
-            raise ValueError(f"{self.samples} samples need a temperature: they would all be equal")
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of transformers' `generate`."""
-        options: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "num_return_sequences": self.samples,
-            "num_beams": self.num_beams,
-            "do_sample": self.temperature is not None,
-        }
-        if self.temperature is not None:
-            options |= {
-                "temperature": self.temperature,
-                "top_k": self.top_k or 0,
-                "top_p": 1.0 if self.top_p is None else self.top_p,
-            }
-        return options
-
-
-GREEDY = Decoding()
 ASKING = Decoding(QUESTION_TOKENS, samples=3, temperature=1.2, top_k=300, top_p=0.95)
 
 
@@ -86,28 +26,31 @@ def describing(description: str) -> list[Turn]:
     return [Turn("user", DESCRIBE_QUESTION, images=1), Turn("assistant", description)]
 
 
-class SelfQuestioner:
-    """Describes images, asks about them, and answers.
+class SelfQuestioner(Writer):
+    """Describes images, asks about them, and answers; made of a model and its processor.
 
     Each method takes a picture or one that `encode` has encoded. The `_batch` forms decode many
     conversations together; how many fit is for the caller to know.
-
-    Args:
-        model: in evaluation mode, as `sqllava.load` gives it.
-        processor: the model's own; its `conversation_template` renders the turns.
     """
 
-    def __init__(self, model: SQLlavaForConditionalGeneration, processor: SQLlavaProcessor) -> None:
-        self.model = model
-        self.processor = processor
-
-    def describe(self, image: Picture, max_new_tokens: int = ANSWER_TOKENS) -> str:
+    def describe(
+        self,
+        image: Picture,
+        max_new_tokens: int = ANSWER_TOKENS,
+        stream: Stream | None = None,
+    ) -> str:
         """Describes an image in detail, greedily."""
-        return self.describe_batch([image], Decoding(max_new_tokens))[0]
+        return self.describe_batch([image], Decoding(max_new_tokens), stream)[0]
 
-    def describe_batch(self, images: Sequence[Picture], decoding: Decoding = GREEDY) -> list[str]:
+    def describe_batch(
+        self,
+        images: Sequence[Picture],
+        decoding: Decoding = GREEDY,
+        stream: Stream | None = None,
+    ) -> list[str]:
         """Describes each of many images."""
-        return self.answer_batch(images, [DESCRIBE_QUESTION] * len(images), decoding=decoding)
+        questions = [DESCRIBE_QUESTION] * len(images)
+        return self.answer_batch(images, questions, decoding=decoding, stream=stream)
 
     def answer(
         self,
@@ -115,13 +58,15 @@ class SelfQuestioner:
         question: str,
         history: Sequence[Turn] = (),
         max_new_tokens: int = ANSWER_TOKENS,
+        stream: Stream | None = None,
     ) -> str:
         """Answers a question about an image, greedily.
 
         Args:
             history: earlier turns about the same image, which belongs to the first of them.
         """
-        return self.answer_batch([image], [question], [history], Decoding(max_new_tokens))[0]
+        decoding = Decoding(max_new_tokens)
+        return self.answer_batch([image], [question], [history], decoding, stream=stream)[0]
 
     def answer_batch(
         self,
@@ -130,10 +75,12 @@ class SelfQuestioner:
         histories: Sequence[Sequence[Turn]] | None = None,
         decoding: Decoding = GREEDY,
         asker: Literal["user", "vuser"] = "user",
+        stream: Stream | None = None,
     ) -> list[str]:
         """Answers one question about each of many images.
 
         Args:
+            images: one for each question; an image may stand there several times.
             histories: the turns before each question; none by default.
             asker: who asks: "vuser" for questions that the model has asked itself.
         """
@@ -142,7 +89,7 @@ class SelfQuestioner:
             [*history, Turn(asker, question), Turn("assistant", None)]
             for history, question in zip(histories, questions, strict=True)
         ]
-        return [texts[0] for texts in self.complete(conversations, images, decoding)]
+        return [texts[0] for texts in self.complete(conversations, images, decoding, stream)]
 
     def ask(
         self,
@@ -154,20 +101,23 @@ class SelfQuestioner:
         max_new_tokens: int = QUESTION_TOKENS,
         seed: int | None = None,
         context: Sequence[Turn] | None = None,
+        redraws: int = REDRAWS,
     ) -> list[str]:
-        """Samples questions about an image.
+        """Samples different questions about an image.
 
         Args:
-            n: how many; they may repeat each other.
+            n: how many; there are fewer if the model repeats itself in all redraws.
             seed: makes the draw reproducible, and leaves torch's own generator as it was.
             context: the turns before the question; by default a description, made first.
+            redraws: how often questions that have been asked, here or in the context, are drawn
+                anew. With 0 the questions stay as they were drawn, repeated ones among them.
 
         Raises:
             ValueError: the model's template has no role that asks, or the context is empty.
         """
         asking = Decoding(max_new_tokens, n, temperature, top_k, top_p)
         contexts = None if context is None else [context]
-        return self.ask_batch([image], asking, seed, contexts)[0]
+        return self.ask_batch([image], asking, seed, contexts, redraws)[0]
 
     def ask_batch(
         self,
@@ -175,15 +125,19 @@ class SelfQuestioner:
         decoding: Decoding = ASKING,
         seed: int | None = None,
         contexts: Sequence[Sequence[Turn]] | None = None,
+        redraws: int = REDRAWS,
     ) -> list[list[str]]:
         """Samples `decoding.samples` questions about each of many images; see `ask`."""
-        self._check_asks()
-        encoded = self.encode(images)
+        self.check_asks()
+        encoded = self._remembering(images)
         if contexts is None:
             contexts = [describing(text) for text in self.describe_batch(encoded)]
         conversations = [[*context, Turn("vuser", None)] for context in contexts]
-        with _seeded(seed, self.model.device):
-            return self.complete(conversations, encoded, decoding)
+        with seeded(seed, self.model.device):
+            drawn = self.complete(conversations, encoded, decoding)
+            if redraws and decoding.temperature is not None:
+                drawn = self._without_repeats(drawn, conversations, encoded, decoding, redraws)
+        return drawn
 
     def converse(
         self,
@@ -202,71 +156,92 @@ class SelfQuestioner:
         Arguments as for `ask`; `answer_tokens` bounds the length of an answer.
 
         Returns:
-            The questions, sampled, with their answers, greedy.
+            The questions, sampled, with their answers, greedy. A round in which the model only
+            repeats itself is left out.
         """
-        self._check_asks()
         asking = Decoding(max_new_tokens, 1, temperature, top_k, top_p)
+        contexts = None if context is None else [context]
         answering = Decoding(answer_tokens)
-        images = self.encode([image])
-        turns = list(describing(self.describe(images[0])) if context is None else context)
-        exchanges = []
-        with _seeded(seed, self.model.device):
+        return self.converse_batch([image], rounds, asking, seed, contexts, answering)[0]
+
+    def converse_batch(
+        self,
+        images: Sequence[Picture],
+        rounds: int = 3,
+        asking: Decoding = ASKING,
+        seed: int | None = None,
+        contexts: Sequence[Sequence[Turn]] | None = None,
+        answering: Decoding = GREEDY,
+    ) -> list[list[tuple[str, str]]]:
+        """Converses about each of many images, all of them together; see `converse`."""
+        self.check_asks()
+        asking = replace(asking, samples=1)
+        encoded = self._remembering(images)
+        if contexts is None:
+            contexts = [describing(text) for text in self.describe_batch(encoded, answering)]
+        turns = [list(context) for context in contexts]
+        exchanges: list[list[tuple[str, str]]] = [[] for _ in images]
+        with seeded(seed, self.model.device):
             for _ in range(rounds):
-                question = self.ask_batch(images, asking, contexts=[turns])[0][0]
-                answer = self.answer_batch(images, [question], [turns], answering, "vuser")[0]
-                turns += [Turn("vuser", question), Turn("assistant", answer)]
-                exchanges.append((question, answer))
+                questions = self.ask_batch(encoded, asking, contexts=turns)
+                going_on = [row for row, drawn in enumerate(questions) if drawn]
+                answers = self.answer_batch(
+                    [encoded[row] for row in going_on],
+                    [questions[row][0] for row in going_on],
+                    [turns[row] for row in going_on],
+                    answering,
+                    "vuser",
+                )
+                for row, answer in zip(going_on, answers, strict=True):
+                    question = questions[row][0]
+                    turns[row] += [Turn("vuser", question), Turn("assistant", answer)]
+                    exchanges[row].append((question, answer))
         return exchanges
 
-    @torch.no_grad()
-    def encode(self, images: Sequence[Picture]) -> list[EncodedImage]:
-        """Sends pictures through the tower and the projector, in one batch; encoded ones pass."""
-        pictures = [image for image in images if isinstance(image, Image.Image)]
-        features: Iterator[torch.Tensor] = iter(())
-        if pictures:
-            pixels = torch.stack([self.processor.prepare_image(p) for p in pictures])
-            outputs = self.model.model.get_image_features(pixels.to(self.model.device))
-            features = iter(cast(Any, outputs.pooler_output))
-        return [
-            EncodedImage(next(features)) if isinstance(image, Image.Image) else image
-            for image in images
-        ]
+    def _remembering(self, images: Sequence[Picture]) -> list[EncodedImage]:
+        """Encoded images that remember, for one call, where they do not by themselves."""
+        encoded = self.encode(images)
+        copies = {
+            id(image): image if image.remembers else EncodedImage(image.features, remembers=True)
+            for image in encoded
+        }
+        return [copies[id(image)] for image in encoded]
 
-    def complete(
+    def _without_repeats(
         self,
+        drawn: list[list[str]],
         conversations: Sequence[Sequence[Turn]],
-        images: Sequence[Picture],
-        decoding: Decoding = GREEDY,
+        images: Sequence[EncodedImage],
+        decoding: Decoding,
+        redraws: int,
     ) -> list[list[str]]:
-        """Writes the open last turn of each conversation, all of them together.
+        """Drops empty and repeated questions, and draws others in their place."""
+        known = [{question_key(turn.text or "") for turn in turns} for turns in conversations]
+        kept: list[list[str]] = [[] for _ in drawn]
+        rows = [row for row, texts in enumerate(drawn) for _ in texts]
+        texts = [text for several in drawn for text in several]
+        for redraw in range(redraws + 1):
+            for row, text in zip(rows, texts, strict=True):
+                if question_key(text) not in known[row]:
+                    known[row].add(question_key(text))
+                    kept[row].append(text)
+            rows = [
+                row
+                for row, questions in enumerate(kept)
+                for _ in range(decoding.samples - len(questions))
+            ]
+            if redraw == redraws or not rows:
+                break
+            again = self.complete(
+                [conversations[row] for row in rows],
+                [images[row] for row in rows],
+                replace(decoding, samples=1),
+            )
+            texts = [several[0] for several in again]
+        return kept
 
-        Args:
-            conversations: each about one image, which belongs to its first turn.
-            images: one for each conversation.
-
-        Returns:
-            For each conversation `decoding.samples` texts.
-        """
-        if len(conversations) != len(images):
-            raise ValueError(f"{len(conversations)} conversations, but {len(images)} images")
-        if not conversations:
-            return []
-        prompts = [self.processor.encode_turns(_with_image(turns)) for turns in conversations]
-        inputs = {k: v.to(self.model.device) for k, v in self.processor.pad(prompts).items()}
-        features: Any = [image.features for image in self.encode(images)]
-        # Cast, because transformers' own types do not fit together.
-        ids = cast(Any, self.model).generate(
-            **inputs,
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
-            **decoding.options(),
-        )  # [conversations * samples, S]
-        written = ids[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-        texts = [text.strip() for text in texts]
-        n = decoding.samples
-        return [texts[i : i + n] for i in range(0, len(texts), n)]
-
-    def _check_asks(self) -> None:
+    def check_asks(self) -> None:
+        """Raises ValueError if the model's template has no role that asks."""
         template = get_template(self.processor.conversation_template)
         if "vuser" not in (template.tags or {}):
             raise ValueError(
@@ -274,17 +249,16 @@ class SelfQuestioner:
             )
 
 
-def _with_image(turns: Sequence[Turn]) -> list[Turn]:
-    """Puts the image into the first turn, if no turn holds it yet."""
-    if turns[0].text is None:
-        raise ValueError("nothing stands before the open turn: give a context that is not empty")
-    if any(turn.images for turn in turns):
-        return list(turns)
-    return [replace(turns[0], images=1), *turns[1:]]
+def question_key(text: str) -> str:
+    """What makes two questions the same: their words, whatever the case, blanks and last mark.
+
+    The key of a text without words is "", which every conversation counts as asked.
+    """
+    return " ".join(text.casefold().split()).rstrip("?.! ")
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Draws from `seed` inside the block, then goes on where torch was; None changes nothing."""
     if seed is None:
         yield

@@ -8,6 +8,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sqllava.encoding import add_image_token
+from sqllava.model.adapters import Lora, Training, adapter_state, prepare_training
+from sqllava.model.checkpoint import assemble
+from sqllava.train.trainer import save_adapter
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -36,3 +39,17 @@ def tokenizer(golden: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(golden / "vicuna-tiny")
     add_image_token(tokenizer)
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def adapter(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter directory over the tiny golden models; its texts are noise that rarely ends."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model, processor = assemble(
+        str(golden / "vicuna-tiny"), str(golden / "clip-tiny"), conversation_template="v1_sq"
+    )
+    training = Training(vision_lora=Lora(2, 4), language_lora=Lora(2, 4))
+    trained = prepare_training(model, training)
+    save_adapter(trained, adapter_state(trained), folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -86,16 +86,44 @@ def test_greedy_texts_are_those_of_plain_generate(questioner, images):
 
 
 def test_greedy_ids_are_those_of_plain_generate(questioner, images, monkeypatch):
-    generate, written = questioner.model.generate, []
+    decode, written = questioner._decode_branches, []
     monkeypatch.setattr(
-        questioner.model,
-        "generate",
-        lambda **kwargs: written.append(generate(**kwargs)) or written[-1],
+        questioner, "_decode_branches", lambda *args: written.extend(decode(*args)) or written
+    )
+    generate, plain = questioner.model.generate, []
+    monkeypatch.setattr(
+        questioner.model, "generate", lambda **kwargs: plain.append(generate(**kwargs)) or plain[-1]
     )
     questioner.describe(images[0], 12)
     turns = [Turn("user", DESCRIBE_QUESTION, 1), Turn("assistant", None)]
     _plain_generate(questioner, images[0], turns, 12)
-    assert torch.equal(written[0], written[1])
+    assert len(written[0]) == 12
+    assert plain[0][0, -12:].tolist() == written[0]
+
+
+def test_branches_give_what_rows_of_their_own_give(questioner, images, monkeypatch):
+    pictures = [images[0], images[1], images[0], images[0], images[2]]
+    questions = ["Why?", "What is to be seen on the left of this picture?", "Who?", "Blue?", "A b"]
+    histories = [(), GIVEN, GIVEN, (), GIVEN]
+
+    def answers():
+        return questioner.answer_batch(pictures, questions, histories, Decoding(10))
+
+    together = answers()
+    monkeypatch.setattr(questioner, "_takes_branches", lambda *args: False)
+    assert together == answers()
+
+
+def test_what_else_shapes_texts_is_left_to_generate(questioner, images, monkeypatch):
+    def answers():
+        return questioner.answer_batch(images, ["Why?"] * 4, [GIVEN] * 4, Decoding(10))
+
+    before = answers()
+    monkeypatch.setattr(questioner.model.generation_config, "repetition_penalty", 50.0)
+    turns = [*GIVEN, Turn("user", "Why?"), Turn("assistant", None)]
+    penalised = answers()
+    assert penalised != before
+    assert penalised == [_plain_generate(questioner, image, turns, 10) for image in images]
 
 
 def test_a_batch_gives_what_its_images_give_alone(questioner, images):

@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from sqllava.model.adapters import Lora, Training, adapter_state, prepare_training
-from sqllava.model.checkpoint import assemble
-from sqllava.train.trainer import save_adapter
-
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 
@@ -22,20 +18,6 @@ def demo():
     sys.modules["demo"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def adapter(golden, tmp_path_factory):
-    """An adapter directory over the tiny golden models."""
-    folder = tmp_path_factory.mktemp("adapter")
-    model, processor = assemble(
-        str(golden / "vicuna-tiny"), str(golden / "clip-tiny"), conversation_template="v1_sq"
-    )
-    training = Training(vision_lora=Lora(2, 4), language_lora=Lora(2, 4))
-    trained = prepare_training(model, training)
-    save_adapter(trained, adapter_state(trained), folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 def test_the_published_flags_parse_in_both_spellings(demo):

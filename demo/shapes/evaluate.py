@@ -238,7 +238,7 @@ def ask_about(
         pictures = [images[name] for name in batch]
         descriptions = questioner.describe_batch(pictures, DESCRIPTION)
         contexts = [describing(text) for text in descriptions]
-        questions = questioner.ask_batch(pictures, QUESTION, SEED + number, contexts)
+        questions = questioner.ask_batch(pictures, QUESTION, SEED + number, contexts, redraws=0)
         answers = questioner.answer_batch(
             [picture for picture in pictures for _ in range(QUESTIONS_A_SCENE)],
             [question for several in questions for question in several],

@@ -1,0 +1,289 @@
+"""`sqllava ask`: questions about pictures, and instruction data from a folder of them.
+
+The command line before `SelfQuestioner` (ask.py) and, with --dataset, before the data engine
+(self_qa.py).
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TextIO
+
+from PIL import Image
+
+import sqllava
+from sqllava import self_qa
+from sqllava.ask import QUESTION_TOKENS, SelfQuestioner, describing
+from sqllava.conversation import Turn
+from sqllava.data.images import ImageError, load_image
+from sqllava.writer import ANSWER_TOKENS, Decoding, Stream
+
+MAX_DOWNLOAD = 50_000_000
+_DOWNLOAD_SECONDS = 30
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question of the model's, and its own answer if it was to give one."""
+
+    question: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What the model said about one image."""
+
+    image: str
+    description: str
+    exchanges: list[Exchange]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the model shall say about an image.
+
+    Attributes:
+        asking: how questions are drawn; its samples are their number.
+        answering: how the description and the answers are written.
+        answer: whether the questions are answered.
+        rounds: if not 0, so many questions one after another, each answered and then part of what
+            the next one is asked from.
+    """
+
+    asking: Decoding
+    answering: Decoding
+    answer: bool = True
+    rounds: int = 0
+    seed: int | None = None
+
+
+class Transcript:
+    """Shows people what is said about an image as it comes."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def show(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+    def in_order(self, heads: Sequence[str]) -> Stream:
+        """A stream of texts that are written at once and shown one after another, behind heads."""
+        waiting, ended, current = [""] * len(heads), [False] * len(heads), 0
+
+        def take(row: int, text: str, last: bool) -> None:
+            nonlocal current
+            waiting[row] += text
+            ended[row] = last
+            while current < len(heads):
+                self.show(waiting[current])
+                waiting[current] = ""
+                if not ended[current]:
+                    return
+                current += 1
+                self.show("\n" + "".join(heads[current : current + 1]))
+
+        self.show("".join(heads[:1]))
+        return take
+
+
+def converse(
+    questioner: SelfQuestioner,
+    name: str,
+    picture: Image.Image,
+    plan: Plan,
+    transcript: Transcript | None = None,
+) -> Conversation:
+    """Describes a picture, asks about it, and answers."""
+    images = questioner.encode([picture], remember=True)
+    stream = transcript.in_order([f"{name}\n  "]) if transcript else None
+    description = questioner.describe_batch(images, plan.answering, stream)[0]
+    context, exchanges = describing(description), list[Exchange]()
+    asking = replace(plan.asking, samples=1) if plan.rounds else plan.asking
+    for number in range(plan.rounds or 1):
+        seed = None if plan.seed is None else plan.seed + number
+        questions = questioner.ask_batch(images, asking, seed, [context])[0]
+        heads = [f"  VUSER {i}: {text}" for i, text in enumerate(questions, len(exchanges) + 1)]
+        if not (plan.answer or plan.rounds):
+            exchanges = [Exchange(question, None) for question in questions]
+            if transcript:
+                transcript.show("".join(f"{head}\n" for head in heads))
+            break
+        heads = [f"{head}\n         " for head in heads]
+        stream = transcript.in_order(heads) if transcript else None
+        about, contexts = images * len(questions), [context] * len(questions)
+        answers = questioner.answer_batch(
+            about, questions, contexts, plan.answering, "vuser", stream
+        )
+        for question, answer in zip(questions, answers, strict=True):
+            exchanges.append(Exchange(question, answer))
+            context = [*context, Turn("vuser", question), Turn("assistant", answer)]
+    return Conversation(name, description, exchanges)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def named_images(words: Iterable[str], stdin: TextIO, allow_url: bool) -> list[str]:
+    """The images that a command line names; "-" stands for the lines of standard input.
+
+    Raises:
+        ValueError: a URL, and URLs are not allowed.
+        FileNotFoundError: there is no such file.
+    """
+    names = []
+    for word in words:
+        lines = [line.rstrip("\n") for line in stdin] if word == "-" else [word]
+        names += [line for line in lines if line.strip()]
+    for name in names:
+        if "://" in name:
+            _check_url(name, allow_url)
+        elif not Path(name).is_file():
+            raise FileNotFoundError(f"no such image: {name}")
+    return names
+
+
+def _check_url(name: str, allow_url: bool) -> None:
+    if not allow_url:
+        raise ValueError(f"{name} is a URL, and nothing is fetched unless --allow-url is given")
+    if not name.startswith(("http://", "https://")):
+        raise ValueError(f"{name}: only http and https URLs are fetched")
+
+
+def open_picture(name: str) -> Image.Image:
+    """Reads an image file, or fetches one; raises ImageError saying what is wrong with it."""
+    return _fetch(name) if "://" in name else load_image(name)
+
+
+def _fetch(url: str) -> Image.Image:
+    try:
+        with urllib.request.urlopen(url, timeout=_DOWNLOAD_SECONDS) as answer:
+            data = answer.read(MAX_DOWNLOAD + 1)
+    except OSError as error:
+        raise ImageError(f"{url}: {error}") from error
+    if len(data) > MAX_DOWNLOAD:
+        raise ImageError(f"{url}: more than {MAX_DOWNLOAD} bytes")
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        try:
+            return load_image(file.name)
+        except ImageError as error:
+            raise ImageError(f"{url}: {error.__cause__}") from error
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the flags; raises SystemExit with a clear line where they do not go together."""
+    parser = argparse.ArgumentParser(
+        prog="sqllava ask",
+        description="Describes pictures and asks questions about them. With --dataset, makes "
+        "instruction data of a whole folder.",
+    )
+    add = parser.add_argument
+    add("images", nargs="*", metavar="IMAGE", help="files; '-' reads names from standard input")
+    add("--model", required=True, help="adapter directory or whole model")
+    add("--base", help="language model under an adapter, if not the one it was trained on")
+    add("--vision-tower", help="tower under an adapter, if not the one it was trained on")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    add("-n", type=int, help="questions for each image (default: 3, and 8 with --dataset)")
+    add("--answer", action="store_true", help="answer the questions, too")
+    add("--rounds", type=int, metavar="N", help="ask, answer and ask on, N times, instead of -n")
+    add("--json", action="store_true", help="print one JSON object for each image")
+    add("--allow-url", action="store_true", help="fetch images that are named by http(s) URLs")
+    add("--temperature", type=float, default=1.2, help="of the questions (default: %(default)s)")
+    add("--top-k", type=int, default=300, help="of the questions (default: %(default)s)")
+    add("--top-p", type=float, default=0.95, help="of the questions (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=QUESTION_TOKENS, help="longest question")
+    add("--answer-tokens", type=int, default=ANSWER_TOKENS, help="longest description and answer")
+    add("--seed", type=int, help="makes the questions reproducible (with --dataset: 0)")
+    data = parser.add_argument_group("instruction data (see docs/self_questioning.md)")
+    add = data.add_argument
+    add("--dataset", type=Path, help="folder of images, or LLaVA JSON whose images are taken")
+    add("--image-folder", type=Path, help="where a JSON file's images are (default: beside it)")
+    add("--out", type=Path, help="the JSON file to write")
+    add("--processes", type=int, default=1, help="each with a model of its own, and a GPU, if any")
+    add("--batch", type=int, default=8, help="images worked on together")
+    add("--rows", type=int, default=64, help="texts decoded together, at most")
+    add("--consistency", type=int, default=4, metavar="K", help="answers sampled as a check; or 0")
+    add("--agreement", type=float, default=0.75, help="how far they must agree, from 0 to 1")
+    args = parser.parse_args(argv)
+    if bool(args.images) == bool(args.dataset):
+        parser.error("name either images or a --dataset")
+    if bool(args.dataset) != bool(args.out):
+        parser.error("--dataset and --out belong together")
+    if args.rounds is not None and (args.rounds < 1 or args.n is not None):
+        parser.error("--rounds must be at least 1, and stands in the place of -n")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with 1 and a line for each image that could not be used."""
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        failed = _make_data(args) if args.dataset else _ask_images(args)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if failed:
+        raise SystemExit(1)
+
+
+def _ask_images(args: argparse.Namespace) -> int:
+    """Asks about the images named; returns how many could not be used."""
+    names = named_images(args.images, sys.stdin, args.allow_url)
+    n = 3 if args.n is None else args.n
+    asking = Decoding(args.max_new_tokens, n, args.temperature, args.top_k, args.top_p)
+    answering = Decoding(args.answer_tokens)
+    plan = Plan(asking, answering, args.answer, args.rounds or 0, args.seed)
+    model, processor = sqllava.load(args.model, args.base, args.vision_tower, device=args.device)
+    questioner = SelfQuestioner(model, processor)
+    transcript = None if args.json else Transcript(sys.stdout)
+    failed = 0
+    for name in names:
+        try:
+            picture = open_picture(name)
+        except ImageError as error:
+            logger.error("error: %s", error)
+            failed += 1
+            continue
+        conversation = converse(questioner, name, picture, plan, transcript)
+        if args.json:
+            sys.stdout.write(json.dumps(asdict(conversation), ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+    return failed
+
+
+def _make_data(args: argparse.Namespace) -> int:
+    """Makes instruction data; returns 0, as bad images are told in the report."""
+    n = 8 if args.n is None else args.n
+    k = args.consistency
+    settings = self_qa.Settings(
+        model=args.model,
+        base=args.base,
+        vision_tower=args.vision_tower,
+        asking=Decoding(args.max_new_tokens, n, args.temperature, args.top_k, args.top_p),
+        answering=Decoding(args.answer_tokens),
+        checking=Decoding(args.answer_tokens, k, temperature=0.7) if k else None,
+        agreement=args.agreement,
+        batch=args.batch,
+        rows=args.rows,
+        seed=args.seed or 0,
+    )
+    report = self_qa.make_self_qa(
+        args.dataset, args.out, settings, args.image_folder, args.processes
+    )
+    report = {name: report[name] for name in ("images", "questions", "kept_share")}
+    sys.stdout.write(json.dumps(report) + "\n")
+    return 0

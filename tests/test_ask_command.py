@@ -1,0 +1,160 @@
+"""`sqllava ask`: what it reads, what it prints while it comes, and its errors."""
+
+import io
+import json
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from training import environment
+
+from sqllava import SelfQuestioner, load
+from sqllava.ask_command import Transcript, main, named_images, open_picture, parse_arguments
+from sqllava.data.images import ImageError
+
+
+@pytest.fixture
+def short(adapter):
+    return ["--model", str(adapter), "--max-new-tokens", "6", "--answer-tokens", "8"]
+
+
+@pytest.fixture
+def server(golden):
+    """The golden images over HTTP."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(golden / "images"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_it_prints_what_the_model_says(short, golden, adapter, capsys):
+    image = str(golden / "images" / "0.png")
+    main([image, *short, "-n", "2", "--answer", "--seed", "0", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["image"] == image
+    assert len(said["exchanges"]) == 2
+    main([image, *short, "-n", "2", "--answer", "--seed", "0"])
+    lines = [image, f"  {said['description']}"]
+    for number, exchange in enumerate(said["exchanges"], 1):
+        lines += [f"  VUSER {number}: {exchange['question']}", f"         {exchange['answer']}"]
+    shown = capsys.readouterr().out
+    assert [line.strip() for line in shown.splitlines()] == [line.strip() for line in lines]
+
+    questioner = SelfQuestioner(*load(adapter))
+    picture = open_picture(image)
+    assert said["description"] == questioner.describe(picture, 8)
+    main([image, *short, "-n", "1", "--seed", "0", "--json"])
+    assert json.loads(capsys.readouterr().out)["exchanges"][0]["answer"] is None
+
+
+def test_rounds_ask_on(short, golden, capsys):
+    main([str(golden / "images" / "1.png"), *short, "--rounds", "3", "--seed", "1", "--json"])
+    exchanges = json.loads(capsys.readouterr().out)["exchanges"]
+    assert len({exchange["question"] for exchange in exchanges}) == len(exchanges) == 3
+    assert all(exchange["answer"] is not None for exchange in exchanges)
+
+
+def test_names_come_from_standard_input_too(golden):
+    images = [str(golden / "images" / f"{number}.png") for number in range(3)]
+    listed = io.StringIO(f"{images[1]}\n\n{images[2]}")
+    assert named_images([images[0], "-"], listed, allow_url=False) == images
+
+
+def test_urls_are_fetched_only_when_allowed(server, golden, tmp_path):
+    url = f"{server}/2.png"
+    with pytest.raises(ValueError, match="is a URL, and nothing is fetched unless --allow-url"):
+        named_images([url], io.StringIO(), allow_url=False)
+    assert named_images([url], io.StringIO(), allow_url=True) == [url]
+    assert open_picture(url) == open_picture(str(golden / "images" / "2.png"))
+    with pytest.raises(ValueError, match="only http and https"):
+        named_images([f"file://{golden}/images/0.png"], io.StringIO(), allow_url=True)
+    with pytest.raises(ImageError, match=f"{server}/nowhere.png: .*404"):
+        open_picture(f"{server}/nowhere.png")
+    with pytest.raises(ImageError, match=f"{server}/: cannot identify"):
+        open_picture(f"{server}/")
+
+
+def test_what_is_fetched_is_bounded(server, monkeypatch):
+    monkeypatch.setattr("sqllava.ask_command.MAX_DOWNLOAD", 100)
+    with pytest.raises(ImageError, match="more than 100 bytes"):
+        open_picture(f"{server}/2.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "name either images or a --dataset"),
+        (["a.jpg", "--dataset", "d", "--out", "o"], "name either images or a --dataset"),
+        (["--dataset", "d"], "--dataset and --out belong together"),
+        (["a.jpg", "--rounds", "2", "-n", "3"], "stands in the place of -n"),
+        (["a.jpg", "--rounds", "0"], "--rounds must be at least 1"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_told(words, told, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([*words, "--model", "m"])
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nowhere.jpg"], "error: no such image: nowhere.jpg"),
+        (["https://a.b/c.jpg"], "error: https://a.b/c.jpg is a URL"),
+        (["{image}", "-n", "0"], "error: samples must be at least 1, found 0"),
+        (["{image}", "--temperature", "0"], "error: the temperature must be above 0"),
+        (["{image}", "--model", "nowhere"], "error: nowhere: no config.json"),
+    ],
+)
+def test_errors_are_one_clear_line(short, golden, words, told):
+    words = [word.format(image=golden / "images" / "0.png") for word in words]
+    with pytest.raises(SystemExit, match="^error: [^\n]*$") as error:
+        main([*short, *words])
+    assert told in str(error.value)
+
+
+def test_a_bad_image_does_not_stop_the_others(short, golden, tmp_path, capsys, caplog):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes((golden / "images" / "0.png").read_bytes()[:90])
+    with pytest.raises(SystemExit) as error:
+        main([str(bad), str(golden / "images" / "0.png"), *short, "-n", "1", "--json"])
+    assert error.value.code == 1
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert str(bad) in caplog.text
+
+
+def test_it_runs_as_a_command(short, golden):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from sqllava.cli import main; main()",
+            "ask",
+            "-",
+            *short,
+            "-n",
+            "1",
+        ],
+        input=str(golden / "images" / "0.png"),
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "VUSER 1: " in done.stdout
+
+
+def test_texts_written_at_once_are_shown_in_order():
+    out = io.StringIO()
+    stream = Transcript(out).in_order(["1: ", "2: ", "3: "])
+    shown = []
+    for piece in [(1, "b", False), (0, "a", False), (2, "c", True), (0, "A", True), (1, "B", True)]:
+        stream(*piece)
+        shown.append(out.getvalue())
+    assert shown[:2] == ["1: ", "1: a"]
+    assert shown[3] == "1: aA\n2: b"
+    assert shown[4] == "1: aA\n2: bB\n3: c\n"
