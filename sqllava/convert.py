@@ -56,6 +56,7 @@ from sqllava.model.parts import (
 )
 from sqllava.model.processor import SQLlavaProcessor
 from sqllava.model.published import (
+    VIT_LORA,
     published_config,
     published_name,
     read_json,
@@ -182,7 +183,7 @@ def convert(
         "source": str(source),
         "to": to,
         "options": _settings(options),
-        "files": _sizes(source),
+        "files": _stamps(source),
     }
     if target.exists():
         done = target / RECORD_FILE
@@ -207,9 +208,11 @@ def _settings(options: Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in kept}
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """The size and the time of each file that a conversion may read."""
+    files = [path for path in [*folder.glob("*"), *folder.glob(f"{VIT_LORA}/*")] if path.is_file()]
+    stats = {str(path.relative_to(folder)): path.stat() for path in sorted(files)}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 @contextlib.contextmanager

@@ -162,6 +162,14 @@ def test_a_second_run_changes_nothing_and_another_source_is_refused(tmp_path):
     assert tree(tmp_path / "twin") == before, "the same conversion gives the same bytes"
 
 
+def test_a_source_that_has_changed_is_not_taken_for_the_same(tmp_path):
+    source = shutil.copytree(GOLDEN, tmp_path / "golden") / "sqllava-lora"
+    convert(source, tmp_path / "target", "ours")
+    (source / "non_lora_trainables.bin").touch()
+    with pytest.raises(FileExistsError):
+        convert(source, tmp_path / "target", "ours")
+
+
 def test_a_failed_conversion_leaves_nothing(tmp_path):
     broken = shutil.copytree(GOLDEN, tmp_path / "golden")
     file = broken / "vicuna-tiny" / "pytorch_model.bin"
