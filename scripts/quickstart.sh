@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$REPO"
 
 OUT=checkpoints/shapes
-SCENES=(--scenes-pretrain 6000 --scenes-finetune 5280 --eval-scenes 600)
+SCENES=(--scenes-pretrain 6000 --scenes-finetune 6000 --eval-scenes 600)
 ASKED_SCENES=100
 BRIEF=()
 if [ "${QUICK:-0}" = 1 ]; then
@@ -76,14 +76,14 @@ train() {
 train_stage1() {
     train scripts/pretrain_clu.sh OUTPUT_DIR="$1" \
         DATA_PATH="$OUT/data/mixTraindata/shapes_pretrain.json" \
-        GLOBAL_BATCH=32 BATCH=16 EPOCHS=2 LR=1.5e-2 VIT_LR=1e-3
+        GLOBAL_BATCH=32 BATCH=16 EPOCHS=1 LR=1.5e-2 VIT_LR=2e-5
 }
 
 train_stage2() {
     train scripts/finetune_lora_clu_sq.sh OUTPUT_DIR="$1" PRETRAIN="$OUT/stage1" \
         DATA_PATH="$OUT/data/mixTraindata/shapes_finetune.json" \
-        GLOBAL_BATCH=16 BATCH=8 EPOCHS=1 LORA_R=32 LORA_ALPHA=64 LR=3e-3 PROJECTOR_LR=3e-3 \
-        VIT_LR=2e-4
+        GLOBAL_BATCH=16 BATCH=8 EPOCHS=1 LORA_R=32 LORA_ALPHA=64 LR=3e-3 PROJECTOR_LR=2e-4 \
+        VIT_LR=2e-5
 }
 
 evaluate() {
