@@ -16,6 +16,10 @@ use_environment() {
         [ -e "$REPO/.venv/bin/activate" ] || "${PYTHON:-python3}" -m venv --clear "$REPO/.venv"
         source "$REPO/.venv/bin/activate"
     fi
+    # DeepSpeed compiles a small op at its first use on a CPU. Kept with the environment that it
+    # belongs to; a lock that a killed compilation left behind would be waited for without end.
+    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}
+    [ ! -d "$TORCH_EXTENSIONS_DIR" ] || find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +10 -delete
     local wanted stamp=$VIRTUAL_ENV/.sqllava-$extras
     wanted=$(cd "$REPO" && echo "$REPO" | sha256sum - pyproject.toml constraints.txt)
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return

@@ -199,3 +199,20 @@ def test_documented_commands_name_files_and_flags_that_exist(path):
                 "pretrain_clu" in command or "finetune" in command or "sqllava.train" in command
             ):
                 assert word.split("=")[0] in known, f"{path.name}: {command}"
+
+
+def test_a_lock_that_a_killed_compilation_left_is_removed_and_a_fresh_one_is_kept(tmp_path):
+    old, new = (tmp_path / "torch_extensions" / name / "lock" for name in ("killed", "running"))
+    for lock in (old, new):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    os.utime(old, (0, 0))
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_EXTENSIONS_DIR"}
+    subprocess.run(
+        ["bash", "-ec", "source scripts/env.sh; install_packages() { :; }; use_environment train"],
+        env=environment | {"VIRTUAL_ENV": str(tmp_path)},
+        cwd=REPO,
+        check=True,
+    )
+    assert not old.exists()
+    assert new.exists()
