@@ -1,13 +1,16 @@
 """SelfQuestioner on the tiny golden model: greedy texts, one encoding, seeds, growing context."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
 from sqllava import SelfQuestioner
-from sqllava.ask import Decoding, EncodedImage, describing
+from sqllava.ask import describing
 from sqllava.conversation import DESCRIBE_QUESTION, Turn
 from sqllava.model.checkpoint import assemble
+from sqllava.writer import GREEDY, Decoding, EncodedImage, Writer
 
 GIVEN = describing("a dog")
 
@@ -29,12 +32,15 @@ def images(golden):
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     """Cuts texts short: a random model does not end them by itself."""
-    options = Decoding.options
+    write = Writer.write
 
-    def cut(decoding):
-        return options(decoding) | {"max_new_tokens": min(decoding.max_new_tokens, 12)}
+    def cut(writer, conversations, images, decoding=GREEDY, stream=None):
+        tokens = min(decoding.max_new_tokens, 12)
+        return write(
+            writer, conversations, images, replace(decoding, max_new_tokens=tokens), stream
+        )
 
-    monkeypatch.setattr(Decoding, "options", cut)
+    monkeypatch.setattr(Writer, "write", cut)
 
 
 @pytest.fixture
