@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sqllava.eval import selfq
 from sqllava.eval.records import Row, read_jsonl, write_json, write_jsonl
 from sqllava.eval.tasks import TASKS, get_task
 from sqllava.eval.tasks.published import PUBLISHED
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with a line that says what is wrong.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["selfq"]:
+        selfq.main(words[1:])
+        return
     args = build_parser(words).parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -50,6 +54,7 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     _judge_arguments(add("judge", help="have a judge review answers (llavabench, mmvet)"))
     _compare_arguments(add("compare", help="compare two runs item by item"))
     _report_arguments(add("report", help="one table and page over all scores"))
+    add("selfq", help="measures of the questions that a model asks")
     command, name = [*words, "", ""][:2]
     if command in TASK_OPTIONS and name in TASKS:
         group = commands.choices[command].add_argument_group(f"options of {name}")
