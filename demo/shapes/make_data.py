@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 DESCRIBE_FIRST = 0.35
 TEXT_ONLY = 0.07
-TURNS = (10, 12)
+TURNS = (8, 10)
 QUESTIONS_A_SCENE = 3
 ANSWERS_A_QUESTION = 10  # Ten people answer each VQA question; here they agree.
 
