@@ -8,6 +8,7 @@ import pytest
 from conftest import REPO
 
 from sqllava import SelfQuestioner, ask_command, serve
+from sqllava.eval import selfq
 from sqllava.self_qa import VERDICTS
 
 DOCS = ("demo.md", "self_questioning.md")
@@ -28,12 +29,15 @@ def commands():
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_commands_parse(words):
+    if words[:2] == ["eval", "selfq"]:
+        assert selfq.parse_arguments(words[2:]).asked
+        return
     parse = {"ask": ask_command.parse_arguments, "serve": serve.parse_arguments}[words[0]]
     assert parse(words[1:]).model
 
 
 def test_the_commands_are_found():
-    assert {words[0] for words in commands()} == {"ask", "serve"}
+    assert {words[0] for words in commands()} == {"ask", "serve", "eval"}
     assert len(list(commands())) >= 8
 
 

@@ -239,15 +239,20 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the figures of a run as one JSON object."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command's flags."""
     parser = argparse.ArgumentParser(prog="sqllava eval selfq", description="Measures of asking.")
     add = parser.add_argument
     add("asked", type=Path, help="what `sqllava ask --json` printed, or another run's file")
     add("--references", type=Path, help="LLaVA JSON with people's questions about the same images")
     add("--out", type=Path, help="also write the JSON here")
     add("--picture", type=Path, help="also draw the figures here (.png, .svg, .pdf)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the figures of a run as one JSON object."""
+    args = parse_arguments(argv)
     try:
         report = score(args.asked, args.references)
     except (FileNotFoundError, ValueError) as error:
