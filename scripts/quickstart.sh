@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$REPO"
 
 OUT=checkpoints/shapes
-SCENES=(--scenes-pretrain 6000 --scenes-finetune 6000 --eval-scenes 600)
+SCENES=(--scenes-pretrain 6000 --scenes-finetune 5440 --eval-scenes 600)
 ASKED_SCENES=100
 BRIEF=()
 if [ "${QUICK:-0}" = 1 ]; then
