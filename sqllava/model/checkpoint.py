@@ -408,6 +408,7 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
         load_in_8bit=bits == 8,
         load_in_4bit=bits == 4,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",
         llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
     )

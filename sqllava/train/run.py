@@ -31,7 +31,7 @@ from sqllava.model.adapters import (
     prepare_training,
 )
 from sqllava.model.card import RUN_FILE
-from sqllava.model.checkpoint import assemble
+from sqllava.model.checkpoint import assemble, quantization
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
 from sqllava.model.published import SELECT_FEATURES
@@ -136,7 +136,7 @@ def build_model(
         cast(str, flags.vision_tower),
         dtype=dtype,
         attn_implementation=flags.attn_implementation or _attention(dtype),
-        quantization_config=_quantization(train.bits, dtype),
+        quantization_config=quantization(train.bits, dtype),
         select_layer=flags.mm_vision_select_layer,
         projector_type=flags.mm_projector_type,
         projector_options=options,
@@ -162,21 +162,6 @@ def _dtype(arguments: Arguments) -> torch.dtype:
 def _attention(dtype: torch.dtype) -> str:
     usable = is_flash_attn_2_available() and torch.cuda.is_available() and dtype != torch.float32
     return "flash_attention_2" if usable else "sdpa"
-
-
-def _quantization(bits: int, dtype: torch.dtype) -> Any:
-    """bitsandbytes for the language model; tower and projector are loaded apart and stay whole."""
-    if bits == 16:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_8bit=bits == 8,
-        load_in_4bit=bits == 4,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
-    )
 
 
 def build_dataset(
