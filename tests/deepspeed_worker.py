@@ -17,7 +17,7 @@ def main() -> None:
     with open(sys.argv[-1]) as handle:
         runs = json.load(handle)
     for words in runs:
-        run.main(words)
+        run.train(words)
         # accelerate keeps one state a process; the next run has another configuration.
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
@@ -27,4 +27,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with run.whole_process():
+        main()

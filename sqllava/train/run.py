@@ -1,5 +1,6 @@
 """The training entry: flags -> model, data, trainer -> adapter directory, in ten named steps."""
 
+import atexit
 import contextlib
 import json
 import logging
@@ -54,7 +55,15 @@ logger = logging.getLogger("sqllava")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one stage of training; see `python -m sqllava.train --help`."""
+    """Runs one stage of training as a process; see `python -m sqllava.train --help`."""
+    with whole_process():
+        train(argv)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Runs one stage of training and leaves the process group standing."""
     with plain_errors():
         arguments = parse_arguments(argv)
         set_up(arguments)
@@ -70,6 +79,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = build_trainer(arguments, trained, processor, dataset, audit)
     trainer.train(resume_from_checkpoint=find_checkpoint(arguments))
     save_result(arguments, trainer)
+
+
+@contextlib.contextmanager
+def whole_process() -> Iterator[None]:
+    """Ends a process of several that has done its work without finalizing Python.
+
+    DeepSpeed's hooks keep the process group for good, and its gloo threads may still hold tensors:
+    what they let go of while Python ends aborts the process, and the launcher reports a failure.
+    """
+    done = False
+
+    def leave() -> None:
+        if done:
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+    if "LOCAL_RANK" in os.environ:
+        atexit.register(leave)  # the first to register is the last to run: after wandb's, say
+    yield
+    done = True
 
 
 @contextlib.contextmanager
