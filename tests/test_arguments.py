@@ -37,7 +37,7 @@ def parse(stage, data, **changes):
         (1, {"lora_enable": True}, "stage 1 freezes the language model"),
         (2, {"lora_r": 0}, "--lora_r 0 must be at least 1"),
         (2, {"lora_dropout": 1.0}, "--lora_dropout 1.0"),
-        (2, {"lora_bias": "some"}, "choose none, all or lora_only"),
+        (2, {"lora_bias": "all"}, "must be none"),
         (2, {"bits": 7}, "--bits 7 must be 16, 8 or 4"),
         (1, {"bits": 4}, "--bits 4 needs --lora_enable"),
         (2, {"eval_strategy": "steps"}, "needs --eval_data_path"),

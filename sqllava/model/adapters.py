@@ -58,14 +58,12 @@ class Training:
         vision_lora: LoRA on the vision tower, or None.
         language_lora: LoRA on the language model, or None.
         full_language: train all of the language model itself (then no LoRA).
-        lora_bias: PEFT's bias choice: none, all or lora_only.
     """
 
     projector: bool = True
     vision_lora: Lora | None = None
     language_lora: Lora | None = None
     full_language: bool = False
-    lora_bias: str = "none"
 
 
 def part_of(parameter_name: str) -> str:
@@ -113,7 +111,6 @@ def lora_config(training: Training) -> LoraConfig:
         alpha_pattern={targets: lora.alpha for targets, lora in active.items()},
         # Also a frozen projector belongs to the result: no base has it.
         modules_to_save=[PROJECTOR],
-        bias=training.lora_bias,  # type: ignore[arg-type]
     )
 
 

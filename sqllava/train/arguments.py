@@ -129,7 +129,7 @@ class TrainArguments(TrainingArguments):
     lora_r: int = field(default=128, metadata={"help": "Rank of LLM-LoRA."})
     lora_alpha: int = field(default=256, metadata={"help": "Alpha of LLM-LoRA."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LLM-LoRA."})
-    lora_bias: str = field(default="none", metadata={"help": "none, all or lora_only."})
+    lora_bias: str = field(default="none", metadata={"help": "Only none: Llama has no biases."})
     vit_lora_enable: bool = field(default=False, metadata={"help": "LoRA on the vision tower."})
     lora_r_vit: int = field(default=64, metadata={"help": "Rank of ViT-LoRA."})
     lora_alpha_vit: int = field(default=128, metadata={"help": "Alpha of ViT-LoRA."})
@@ -203,7 +203,6 @@ class Arguments:
             if lora
             else None,
             full_language=not frozen_language and not train.lora_enable,
-            lora_bias=train.lora_bias,
         )
 
 
@@ -309,8 +308,11 @@ def _training_faults(arguments: Arguments) -> list[str]:
     for flag in ("lora_dropout", "lora_dropout_vit"):
         if not 0.0 <= getattr(train, flag) < 1.0:
             faults.append(f"--{flag} {getattr(train, flag)} must be at least 0 and below 1")
-    if train.lora_bias not in ("none", "all", "lora_only"):
-        faults.append(f"--lora_bias {train.lora_bias!r} is unknown; choose none, all or lora_only")
+    if train.lora_bias != "none":
+        faults.append(
+            f"--lora_bias {train.lora_bias} must be none: Llama has no biases, "
+            "and of the tower LoRA alone is trained"
+        )
     if train.bits not in (4, 8, 16):
         faults.append(f"--bits {train.bits} must be 16, 8 or 4")
     elif train.bits < 16 and not training.language_lora:
