@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$REPO"
 
 OUT=checkpoints/shapes
-SCENES=(--scenes-pretrain 6000 --scenes-finetune 5440 --eval-scenes 600)
+SCENES=(--scenes-pretrain 6400 --scenes-finetune 5120 --eval-scenes 600)
 ASKED_SCENES=100
 BRIEF=()
 if [ "${QUICK:-0}" = 1 ]; then
@@ -76,7 +76,7 @@ train() {
 train_stage1() {
     train scripts/pretrain_clu.sh OUTPUT_DIR="$1" \
         DATA_PATH="$OUT/data/mixTraindata/shapes_pretrain.json" \
-        GLOBAL_BATCH=32 BATCH=16 EPOCHS=1 LR=1.5e-2 VIT_LR=2e-5
+        GLOBAL_BATCH=16 BATCH=8 EPOCHS=1 LR=1e-3 VIT_LR=1e-4
 }
 
 train_stage2() {

@@ -155,6 +155,9 @@ def embed(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     strength = torch.where(faint, torch.rand(documents, 1), 1.0)
     noise = torch.rand(documents, 1) * table.weight.detach().square().mean().sqrt()
     blends = strength[row] * blends + noise[row] * torch.randn_like(blends)
+    # What all cells share, as all tokens of an image do.
+    shared = noise * torch.rand(documents, 1) * 2 * torch.randn(documents, blends.shape[-1])
+    blends = blends + shared[row]
     return embeddings.index_put((row, torch.tensor(places)), blends)
 
 

@@ -315,8 +315,8 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for mixTraindata/ and eval/"
     )
-    parser.add_argument("--scenes-pretrain", type=int, default=6000)
-    parser.add_argument("--scenes-finetune", type=int, default=5440)
+    parser.add_argument("--scenes-pretrain", type=int, default=6400)
+    parser.add_argument("--scenes-finetune", type=int, default=5120)
     parser.add_argument("--eval-scenes", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
