@@ -20,6 +20,7 @@ from PIL import Image
 import sqllava
 from sqllava import self_qa
 from sqllava.ask import QUESTION_TOKENS, SelfQuestioner, describing
+from sqllava.cli import Parser
 from sqllava.conversation import Turn
 from sqllava.data.images import ImageError, load_image
 from sqllava.writer import ANSWER_TOKENS, Decoding, Stream
@@ -186,7 +187,7 @@ def _fetch(url: str) -> Image.Image:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the flags; raises SystemExit with a clear line where they do not go together."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sqllava ask",
         description="Describes pictures and asks questions about them. With --dataset, makes "
         "instruction data of a whole folder.",

@@ -1,8 +1,10 @@
 """The `sqllava` command: hands the rest of its line to the module of the command named first."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 # command -> (module whose `main(argv)` runs it, what it does). Modules load when they are called.
 COMMANDS = {
@@ -13,6 +15,21 @@ COMMANDS = {
     "convert": ("sqllava.convert", "turn a checkpoint into another layout, or merge an adapter"),
     "eval": ("sqllava.eval.cli", "benchmarks: prepare, run, score, judge, report"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """The commands' parser: options may be spelled with underscores, too, as the trainer's are."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, with `--some_option=a_b` read as `--some-option=a_b`."""
+        given: list[str] = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        return super().parse_known_args([*map(_hyphens, given[:end]), *given[end:]], namespace)
+
+
+def _hyphens(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from sqllava.cli import Parser
 from sqllava.model.adapters import (
     ADAPTER_WEIGHTS,
     PEFT_PREFIX,
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sqllava convert",
         description="Converts checkpoints between the published layouts and ours, and merges "
         "adapters. SOURCE may be any folder that sqllava.load opens.",
@@ -137,8 +138,8 @@ def _parser() -> argparse.ArgumentParser:
         "layout of the published code; merged: a whole model, adapter and all",
     )
     add("--base", help="the language model under an adapter, if not the one its config names")
-    add("--vision_tower", help="the tower, if not the one that the config names")
-    add("--vit_lora", help="a published folder with the tower's LoRA, if not the adapter's own")
+    add("--vision-tower", help="the tower, if not the one that the config names")
+    add("--vit-lora", help="a published folder with the tower's LoRA, if not the adapter's own")
     add(
         "--dtype",
         default="auto",
@@ -146,13 +147,13 @@ def _parser() -> argparse.ArgumentParser:
         help="of a whole model's weights; auto is that of its language model's files",
     )
     add(
-        "--shard_bytes",
+        "--shard-bytes",
         type=int,
         default=SHARD_BYTES,
         help="largest size of a file of a whole model; memory grows with it (default: %(default)s)",
     )
     add(
-        "--no_check",
+        "--no-check",
         dest="check",
         action="store_false",
         help="after merging, do not compare logits; the comparison holds the model in memory",

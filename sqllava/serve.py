@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import sqllava
 from sqllava.ask import SelfQuestioner, describing
+from sqllava.cli import Parser
 from sqllava.conversation import Turn
 from sqllava.data.images import ImageError, load_image
 from sqllava.self_qa import SUFFIXES
@@ -256,7 +257,7 @@ def _told() -> Iterator[None]:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sqllava serve", description="Serves a page to question images with a model."
     )
     add = parser.add_argument

@@ -25,3 +25,13 @@ def test_every_command_has_a_main_and_help(name, capsys):
         cli.main([name, "--help"])
     assert stop.value.code == 0
     assert "usage" in capsys.readouterr().out
+
+
+def test_options_may_be_spelled_with_hyphens_or_underscores():
+    parser = cli.Parser()
+    parser.add_argument("--vision-tower")
+    parser.add_argument("rest", nargs="*")
+    for option in ("--vision-tower", "--vision_tower"):
+        for given in ([option, "a_b"], [f"{option}=a_b"]):
+            assert parser.parse_args(given).vision_tower == "a_b"
+    assert parser.parse_args(["--", "--a_b"]).rest == ["--a_b"]

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from sqllava.cli import Parser
 from sqllava.data import check, download, make_index, show
 
 COMMANDS = {"download": download, "check": check, "index": make_index, "show": show}
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all data commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sqllava data", description="Fetch, check, index and look at training data."
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -86,12 +86,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", "--index", type=int, default=0, help="the record's number, from 0")
     parser.add_argument("-n", "--count", type=int, default=1, help="how many records from there")
     parser.add_argument("--template", default="v1_sq", choices=list(TEMPLATES))
-    parser.add_argument("--sq_r", type=float, default=0.5, help="share of self-questions (0.5)")
+    parser.add_argument("--sq-r", type=float, default=0.5, help="share of self-questions (0.5)")
     parser.add_argument("--seed", type=int, default=42, help="of the self-questions (42)")
     parser.add_argument("--images", type=Path, help="where image names start (--image_folder)")
     parser.add_argument("--model", help="adapter directory or language model, to show tokens")
-    parser.add_argument("--model_max_length", type=int, default=2048)
-    parser.add_argument("--image_aspect_ratio", default="pad", choices=("pad", "crop"))
+    parser.add_argument("--model-max-length", type=int, default=2048)
+    parser.add_argument("--image-aspect-ratio", default="pad", choices=("pad", "crop"))
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
 
 

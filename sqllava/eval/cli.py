@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sqllava.cli import Parser
 from sqllava.eval import selfq
 from sqllava.eval.records import Row, read_jsonl, write_json, write_jsonl
 from sqllava.eval.tasks import TASKS, get_task
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser; the words tell it whose task's flags to add."""
-    parser = argparse.ArgumentParser(prog="sqllava eval", description=__doc__)
+    parser = Parser(prog="sqllava eval", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add = commands.add_parser
     _list_arguments(add("list", help="the tasks, or all about one"))

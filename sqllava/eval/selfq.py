@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sqllava.ask import question_key
+from sqllava.cli import Parser
 from sqllava.conversation import DESCRIBE_QUESTION, turns_from_record
 from sqllava.data.records import image_names, iter_records
 
@@ -241,7 +242,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="sqllava eval selfq", description="Measures of asking.")
+    parser = Parser(prog="sqllava eval selfq", description="Measures of asking.")
     add = parser.add_argument
     add("asked", type=Path, help="what `sqllava ask --json` printed, or another run's file")
     add("--references", type=Path, help="LLaVA JSON with people's questions about the same images")
