@@ -203,7 +203,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, metavar="N", help="ask, answer and ask on, N times, instead of -n")
     add("--json", action="store_true", help="print one JSON object for each image")
     add("--allow-url", action="store_true", help="fetch images that are named by http(s) URLs")
-    add("--temperature", type=float, default=1.2, help="of the questions (default: %(default)s)")
+    add("--temperature", type=float, help="of the questions (default: 1.2, and 0.8 with --dataset)")
     add("--top-k", type=int, default=300, help="of the questions (default: %(default)s)")
     add("--top-p", type=float, default=0.95, help="of the questions (default: %(default)s)")
     add("--max-new-tokens", type=int, default=QUESTION_TOKENS, help="longest question")
@@ -226,6 +226,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--dataset and --out belong together")
     if args.rounds is not None and (args.rounds < 1 or args.n is not None):
         parser.error("--rounds must be at least 1, and stands in the place of -n")
+    # The published temperature asks varied questions; in data, those about what is not there hurt.
+    if args.n is None:
+        args.n = 8 if args.dataset else 3
+    if args.temperature is None:
+        args.temperature = 0.8 if args.dataset else 1.2
     return args
 
 
@@ -246,8 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _ask_images(args: argparse.Namespace) -> int:
     """Asks about the images named; returns how many could not be used."""
     names = named_images(args.images, sys.stdin, args.allow_url)
-    n = 3 if args.n is None else args.n
-    asking = Decoding(args.max_new_tokens, n, args.temperature, args.top_k, args.top_p)
+    asking = Decoding(args.max_new_tokens, args.n, args.temperature, args.top_k, args.top_p)
     answering = Decoding(args.answer_tokens)
     plan = Plan(asking, answering, args.answer, args.rounds or 0, args.seed)
     model, processor = sqllava.load(args.model, args.base, args.vision_tower, device=args.device)
@@ -270,13 +274,12 @@ def _ask_images(args: argparse.Namespace) -> int:
 
 def _make_data(args: argparse.Namespace) -> int:
     """Makes instruction data; returns 0, as bad images are told in the report."""
-    n = 8 if args.n is None else args.n
     k = args.consistency
     settings = self_qa.Settings(
         model=args.model,
         base=args.base,
         vision_tower=args.vision_tower,
-        asking=Decoding(args.max_new_tokens, n, args.temperature, args.top_k, args.top_p),
+        asking=Decoding(args.max_new_tokens, args.n, args.temperature, args.top_k, args.top_p),
         answering=Decoding(args.answer_tokens),
         checking=Decoding(args.answer_tokens, k, temperature=0.7) if k else None,
         agreement=args.agreement,

@@ -205,7 +205,11 @@ def draw(
         ]
         about = [images[row] for row in rows]
         answers = write(turns, about, settings.answering)
-        samples = write(turns, about, settings.checking) if settings.checking else [[]] * len(turns)
+        # Without the description in view: what it left out or made up would be counted alike.
+        alone = [
+            [Turn("user", question.text, images=1), Turn("assistant", None)] for question in open_
+        ]
+        samples = write(alone, about, settings.checking) if settings.checking else [[]] * len(turns)
     for question, answer, sampled in zip(open_, answers, samples, strict=True):
         judge_answer(question, answer[0], [one.text for one in sampled], settings.agreement)
     return [

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from training import environment
 
 from sqllava import load, self_qa
+from sqllava.conversation import DESCRIBE_QUESTION
 from sqllava.data.records import check_record, iter_records
 from sqllava.encoding import encode_record
 from sqllava.self_qa import (
@@ -84,6 +87,33 @@ def test_every_image_gets_one_record_that_the_trainer_takes(talker, pictures, tm
     assert report["questions"]["drawn"] == 22 * 3
     assert sum(report["questions"][verdict] for verdict in self_qa.VERDICTS) == 22 * 3
     assert json.loads(out.with_name("self_qa.json.report.json").read_text()) == report
+
+
+def test_an_answer_that_only_echoes_the_description_is_inconsistent():
+    class Echoing:
+        """Counts three things where a description in view names three, and else two."""
+
+        model = SimpleNamespace(device=torch.device("cpu"))
+
+        def encode(self, pictures, remember):
+            return pictures
+
+        def write(self, several, images, decoding):
+            texts = [self._write([turn.text or "" for turn in turns]) for turns in several]
+            return [[Written(text, True)] * decoding.samples for text in texts]
+
+        def _write(self, texts):
+            if texts == [DESCRIBE_QUESTION, ""]:
+                return "A cat, a dog and a mouse."
+            if texts[-2].startswith("How many"):
+                return "three" if "mouse" in " ".join(texts) else "two"
+            return "How many animals are there?"
+
+    settings = Settings(model="", **BRIEF)
+    ((description, questions),) = self_qa.draw(Echoing(), [Image.new("RGB", (4, 4))], settings, 0)
+    assert description == "A cat, a dog and a mouse."
+    assert [question.verdict for question in questions] == ["inconsistent", "repeated", "repeated"]
+    assert (questions[0].answer, questions[0].agreement) == ("three", 0.0)
 
 
 @pytest.mark.slow
