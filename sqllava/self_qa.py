@@ -434,9 +434,15 @@ def _draw_batch(
 
 
 def record_of(drawn: DrawnImage) -> dict[str, Any] | None:
-    """The LLaVA record of an image: its description and the questions kept; None without any."""
-    exchanges = [(DESCRIBE_QUESTION, drawn.description)] if drawn.description else []
-    exchanges += [(question.text, question.answer or "") for question in usable(drawn.questions)]
+    """The LLaVA record of an image: its description and the questions kept; None without any.
+
+    In every second record the description comes last. Were it always first, a model could learn to
+    answer from it, and would not learn to look.
+    """
+    exchanges = [(question.text, question.answer or "") for question in usable(drawn.questions)]
+    if drawn.description:
+        at = len(exchanges) if drawn.number % 2 else 0
+        exchanges.insert(at, (DESCRIBE_QUESTION, drawn.description))
     if not exchanges:
         return None
     turns = []

@@ -250,6 +250,13 @@ def test_a_record_holds_what_was_kept():
         "Who?",
         "me",
     ]
+    drawn.number = 1  # The description does not come first in every record.
+    assert [turn["value"] for turn in record_of(drawn)["conversations"]] == [
+        "<image>\nWho?",
+        "me",
+        "Can you describe the image in detail?",
+        "a dog.",
+    ]
     drawn.description = None
     assert record_of(drawn)["conversations"][0]["value"] == "<image>\nWho?"
     drawn.questions.pop()
