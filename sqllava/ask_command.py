@@ -237,9 +237,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; exits with 1 and a line for each image that could not be used."""
     args = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # Not the names of the tower's tensors past the layer that is read.
-    logging.getLogger("sqllava.model").setLevel(logging.WARNING)
+    # Of loading only what is wrong, not the names of the tensors past the layer that is read.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger(self_qa.__name__).setLevel(logging.INFO)
     try:
         failed = _make_data(args) if args.dataset else _ask_images(args)
     except (FileNotFoundError, ValueError) as error:

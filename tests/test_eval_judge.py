@@ -221,9 +221,10 @@ def test_grades_are_asked_for_run_by_run_and_resumed(vet, capsys):
         assert len(asked) == 4
         grade(vet, address, "--runs", "2")
         assert len(asked) == 8
-    assert asked[0]["messages"] == [
-        {"role": "user", "content": PROMPT + "\nWhat is red? | -1 <AND> -5 | x = 3 | "}
-    ]
+    # The four of a run are asked side by side, and come in any order.
+    first_run = [body["messages"] for body in asked[:4]]
+    prompt = PROMPT + "\nWhat is red? | -1 <AND> -5 | x = 3 | "
+    assert [{"role": "user", "content": prompt}] in first_run
     assert (asked[0]["temperature"], asked[0]["max_tokens"]) == (0, 3)
     grades = json.loads((vet.parent / "grades.json").read_text())
     assert grades["v1_0"] == {"model": ["judge-1"] * 2, "content": ["0.5"] * 2, "score": [0.5] * 2}

@@ -204,21 +204,28 @@ def test_the_tower_sees_one_patch_a_cell(world):
 
 def test_documents_show_a_scene_in_words_or_as_cells_that_are_never_targets(world, tokenizer):
     maker = importlib.import_module("base_text").DocumentMaker(tokenizer, seed=0)
-    grids = 0
+    grids = placed = 0
     for number in range(120):
         document = (maker.questions, maker.caption, maker.makers["chat"])[number % 3]()
         assert len(document.ids) == len(document.weights)
         assert len(document.cells) in (0, world.GRID**2)
         assert all(document.weights[at] == 0 for at in document.cells)
         grids += bool(document.cells)
-        words = tokenizer.convert_ids_to_tokens(
-            [w for some in document.cells.values() for w in some]
-        )
-        assert len(words) % 4 == 0 and bool(words) == bool(document.cells)
-        assert {word.lstrip("▁") for word in words} <= {
-            *world.PLACES, *world.SIZES, *world.COLORS, *world.SHAPES
-        }  # fmt: skip
-    assert 40 < grids < 80
+        things = [
+            {word.lstrip("▁") for word in tokenizer.convert_ids_to_tokens(words)}
+            for words in document.cells.values()
+            if words
+        ]
+        assert bool(things) == bool(document.cells)
+        # A grid's things have all their place among their words, or none has.
+        places = {len(words & set(world.PLACES)) for words in things}
+        assert places in (set(), {0}, {1})
+        placed += places == {1}
+        for words in things:
+            for names in (world.SIZES, world.COLORS, world.SHAPES):
+                assert len(words & set(names)) == 1
+            assert len(words) == 3 + max(places)
+    assert 40 < grids < 80 and 0.3 * grids < placed < 0.7 * grids
 
 
 def test_a_cell_is_its_words_blended_and_everything_else_its_token(world, tokenizer):
