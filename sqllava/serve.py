@@ -209,8 +209,14 @@ def build(page: Page, examples: Sequence[Path] = ()) -> Any:
 
         def answer(question: str, begun: Talk | None, asker: Any) -> Iterator[Any]:
             with _told():
-                for messages in page.answer(question, begun, asker):
-                    yield messages, ""
+                yield from page.answer(question, begun, asker)
+
+        def answer_own(question: str, begun: Talk | None) -> Iterator[Any]:
+            # The box is emptied once: what is typed into it during an answer stays.
+            box: Any = ""
+            for messages in answer(question, begun, "user"):
+                yield messages, box
+                box = gr.skip()
 
         one: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         buttons = [*questions, more]
@@ -219,9 +225,9 @@ def build(page: Page, examples: Sequence[Path] = ()) -> Any:
         )
         more.click(ask, [talk, *sampling], buttons, **one)
         for button in questions:
-            button.click(answer, [button, talk, gr.State("vuser")], [chat, own], **one)
+            button.click(answer, [button, talk, gr.State("vuser")], chat, **one)
         chat.clear(page.forget, talk)
-        own.submit(answer, [own, talk, gr.State("user")], [chat, own], **one)
+        own.submit(answer_own, [own, talk], [chat, own], **one)
     return blocks.queue(max_size=WAITING)
 
 

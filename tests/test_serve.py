@@ -187,9 +187,12 @@ def test_an_image_is_described_asked_about_and_talked_about(tab, site, image):
     assert tab.input_value("#description textarea").strip()
     question = tab.inner_text("#question-0")
     tab.click("#question-0")
-    wait_for_chat(tab, 2)
-    assert question in tab.inner_text("#chat")
     tab.fill("#own textarea", "Is there a dog?")
+    wait_for_chat(tab, 2)
+    tab.wait_for_selector(".generating", state="detached")
+    assert question in tab.inner_text("#chat")
+    # What was typed while the answer was written is still there.
+    assert tab.input_value("#own textarea") == "Is there a dog?"
     tab.press("#own textarea", "Enter")
     wait_for_chat(tab, 4)
     assert "Is there a dog?" in tab.inner_text("#chat")
