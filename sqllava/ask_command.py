@@ -219,7 +219,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rows", type=int, default=64, help="texts decoded together, at most")
     add("--consistency", type=int, default=4, metavar="K", help="answers sampled as a check; or 0")
     add("--agreement", type=float, default=0.75, help="how far they must agree, from 0 to 1")
+    add("--describe-every", type=int, default=self_qa.DESCRIBE_EVERY, metavar="N",
+        help="one record in N begins with the image's description; 0: none")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.describe_every < 0:
+        parser.error("--describe-every must be 0 or more")
     if bool(args.images) == bool(args.dataset):
         parser.error("name either images or a --dataset")
     if bool(args.dataset) != bool(args.out):
@@ -288,7 +292,7 @@ def _make_data(args: argparse.Namespace) -> int:
         seed=args.seed or 0,
     )
     report = self_qa.make_self_qa(
-        args.dataset, args.out, settings, args.image_folder, args.processes
+        args.dataset, args.out, settings, args.image_folder, args.processes, args.describe_every
     )
     report = {name: report[name] for name in ("images", "questions", "kept_share")}
     sys.stdout.write(json.dumps(report) + "\n")

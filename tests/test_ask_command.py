@@ -92,6 +92,7 @@ def test_what_is_fetched_is_bounded(server, monkeypatch):
         (["--dataset", "d"], "--dataset and --out belong together"),
         (["a.jpg", "--rounds", "2", "-n", "3"], "stands in the place of -n"),
         (["a.jpg", "--rounds", "0"], "--rounds must be at least 1"),
+        (["--dataset", "d", "--out", "o", "--describe-every", "-1"], "must be 0 or more"),
     ],
 )
 def test_flags_that_do_not_go_together_are_told(words, told, capsys):

@@ -82,9 +82,12 @@ def test_every_image_gets_one_record_that_the_trainer_takes(talker, pictures, tm
     for number, record in enumerate(records):
         check_record(record, out, number)
         assert encode_record(record, "v1_sq", tokenizer, 1.0).supervised
+    assert report["settings"]["describe_every"] == 3
     assert report["images"] == {"given": 23, "written": 22, "unreadable": 1, "nothing kept": 0}
     assert "broken.jpg" in report["unreadable"][0]
     assert report["questions"]["drawn"] == 22 * 3
+    described = [values(record)[0].endswith(DESCRIBE_QUESTION) for record in records]
+    assert report["descriptions"] == sum(described)
     assert sum(report["questions"][verdict] for verdict in self_qa.VERDICTS) == 22 * 3
     assert json.loads(out.with_name("self_qa.json.report.json").read_text()) == report
 
@@ -197,10 +200,11 @@ def test_questions_are_judged_by_their_form_and_their_neighbours():
         ("<image> of what?", True),
         ("And? ASSISTANT: no. VUSER: why?", True),
         ("Who?", True),
+        ("What is it? A dog. Who?", True),
     ]
     judged = judge_questions([Written(*text) for text in texts])
     none = "no question"
-    expected = ["kept", "repeated", none, none, "cut", none, none, none, "kept"]
+    expected = ["kept", "repeated", none, none, "cut", none, none, none, "kept", none]
     assert [question.verdict for question in judged] == expected
 
 
@@ -244,23 +248,34 @@ def test_a_record_holds_what_was_kept():
     assert DrawnImage.from_json(json.dumps(self_qa.asdict(drawn))) == drawn
     record = record_of(drawn)
     assert (record["id"], record["image"]) == ("a/b.jpg", "a/b.jpg")
-    assert [turn["value"] for turn in record["conversations"]] == [
+    assert values(record) == [
         "<image>\nCan you describe the image in detail?",
         "a dog.",
         "Who?",
         "me",
     ]
-    drawn.number = 1  # The description does not come first in every record.
-    assert [turn["value"] for turn in record_of(drawn)["conversations"]] == [
-        "<image>\nWho?",
-        "me",
-        "Can you describe the image in detail?",
-        "a dog.",
-    ]
-    drawn.description = None
-    assert record_of(drawn)["conversations"][0]["value"] == "<image>\nWho?"
+    questions_alone = ["<image>\nWho?", "me"]
+    drawn.number = 1
+    assert values(record_of(drawn)) == questions_alone
+    drawn.number, drawn.description = 3, None
+    assert values(record_of(drawn)) == questions_alone
     drawn.questions.pop()
     assert record_of(drawn) is None
+
+
+@given(st.integers(0, 9), st.integers(0, 4))
+def test_one_record_in_so_many_begins_with_the_description(number, every):
+    drawn = DrawnImage(number, "a.jpg", "a dog.", [DrawnQuestion("Who?", "kept", "me", 1.0)])
+    described = ["<image>\nCan you describe the image in detail?", "a dog."]
+    begins = values(record_of(drawn, every))[:2] == described
+    assert begins == (every > 0 and number in range(0, 10, every))
+    # The description is all there is to say.
+    drawn.questions[0].verdict = "inconsistent"
+    assert values(record_of(drawn, every)) == described
+
+
+def values(record):
+    return [turn["value"] for turn in record["conversations"]]
 
 
 # --- kills ----------------------------------------------------------------------------------------
