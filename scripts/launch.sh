@@ -60,7 +60,7 @@ launch() {
     local config=$1
     shift
     command -v deepspeed >/dev/null ||
-        fail "deepspeed is not installed: pip install -c constraints.txt -e '.[train]'"
+        fail "deepspeed is not found: activate the environment ('source .venv/bin/activate'), or install it (docs/install.md)"
     local gpus device=()
     gpus=$(gpu_count)
     if [ -z "${HOSTFILE:-}" ] && ((gpus == 0)); then

@@ -16,6 +16,9 @@ COMMANDS = {
     "eval": ("sqllava.eval.cli", "benchmarks: prepare, run, score, judge, report"),
 }
 
+# Commands that an extra of pyproject.toml must be installed for.
+EXTRAS = {"data": "train", "train": "train"}
+
 
 class Parser(argparse.ArgumentParser):
     """The commands' parser: options may be spelled with underscores, too, as the trainer's are."""
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command.
 
     Raises:
-        SystemExit: there is no such command.
+        SystemExit: there is no such command, or what it needs is not installed.
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
@@ -44,7 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if name not in COMMANDS:
         raise SystemExit(f"error: no command {name!r}\n\n{usage()}")
-    import_module(COMMANDS[name][0]).main(rest)
+    try:
+        command = import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        if name not in EXTRAS:
+            raise
+        hint = f"pip install 'sqllava[{EXTRAS[name]}]'"
+        raise SystemExit(f"error: {error.name} is not installed: {hint}") from error
+    command.main(rest)
 
 
 def usage() -> str:

@@ -27,6 +27,18 @@ def test_every_command_has_a_main_and_help(name, capsys):
     assert "usage" in capsys.readouterr().out
 
 
+def test_what_is_not_installed_is_named_with_its_extra(monkeypatch):
+    def import_module(name):
+        raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")
+
+    monkeypatch.setattr(cli, "import_module", import_module)
+    told = r"^error: pyarrow is not installed: pip install 'sqllava\[train\]'$"
+    with pytest.raises(SystemExit, match=told):
+        cli.main(["data", "check"])
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["ask", "a.jpg"])  # Needs no extra: what is missing is a fault.
+
+
 def test_options_may_be_spelled_with_hyphens_or_underscores():
     parser = cli.Parser()
     parser.add_argument("--vision-tower")
