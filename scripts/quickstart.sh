@@ -7,6 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$REPO"
+source demo/shapes/train.sh
 
 OUT=checkpoints/shapes
 SCENES=(--scenes-pretrain 6400 --scenes-finetune 5120 --eval-scenes 600)
@@ -32,8 +33,8 @@ main() {
     compile_op >"$OUT/logs/compile.log" 2>&1 &
     step data "drawing scenes, writing captions, conversations and questions" make_data
     wait
-    step stage1 "stage 1, alignment: 2 processes, ZeRO-2" train_stage1
-    step stage2 "stage 2, self-questioning: 2 processes, ZeRO-3" train_stage2
+    step stage1 "stage 1, alignment: 2 processes, ZeRO-2" align
+    step stage2 "stage 2, self-questioning: 2 processes, ZeRO-3" finetune
     step eval "evaluation on held-out scenes" evaluate
     step demo "the demo on held-out scenes" run_demo
     step report "report" write_report
@@ -45,7 +46,7 @@ main() {
 # Results belong to the base models, the world and the values that made them.
 drop_stale_results() {
     local made_from
-    made_from=$(cat demo/shapes/base/*/* demo/shapes/{world,make_data}.py scripts/{quickstart,launch}.sh \
+    made_from=$(cat demo/shapes/base/*/* demo/shapes/{world,make_data}.py demo/shapes/train.sh scripts/{quickstart,launch}.sh \
         scripts/{pretrain_clu,finetune_lora_clu_sq}.sh | sha256sum)
     if [ "$(cat "$OUT/made_from" 2>/dev/null)" != "$made_from" ]; then
         rm -rf "${RESULTS[@]/#/$OUT/}" "${RESULTS[@]/#/$OUT/done/}"
@@ -62,28 +63,13 @@ make_data() {
     python demo/shapes/make_data.py --out "$1" "${SCENES[@]}"
 }
 
-# Both stages: the scripts of the real system, with the miniature world's values.
-train() {
-    local script=$1
-    shift
-    env MODEL=demo/shapes/base/lm VISION_TOWER=demo/shapes/base/tower NPROC=2 WORKERS=0 \
-        IMAGE_FOLDER="$OUT/data/mixTraindata" PROJECTOR_TYPE=cluster NUM_LATENTS=9 \
-        LORA_R_VIT=16 LORA_ALPHA_VIT=32 MAX_LENGTH=512 CHECKPOINTING=False SAVE_STEPS=100000 \
-        "$@" bash "$script" --lora_dropout_vit 0 --lora_dropout 0 --adam_beta2 0.95 \
+align() {
+    train_stage1 "$1" "$OUT/data/mixTraindata/shapes_pretrain.json" "$OUT/data/mixTraindata" "${BRIEF[@]}"
+}
+
+finetune() {
+    train_stage2 "$1" "$OUT/data/mixTraindata/shapes_finetune.json" "$OUT/data/mixTraindata" "$OUT/stage1" \
         "${BRIEF[@]}"
-}
-
-train_stage1() {
-    train scripts/pretrain_clu.sh OUTPUT_DIR="$1" \
-        DATA_PATH="$OUT/data/mixTraindata/shapes_pretrain.json" \
-        GLOBAL_BATCH=16 BATCH=8 EPOCHS=1 LR=1e-3 VIT_LR=1e-4
-}
-
-train_stage2() {
-    train scripts/finetune_lora_clu_sq.sh OUTPUT_DIR="$1" PRETRAIN="$OUT/stage1" \
-        DATA_PATH="$OUT/data/mixTraindata/shapes_finetune.json" \
-        GLOBAL_BATCH=16 BATCH=8 EPOCHS=1 LORA_R=32 LORA_ALPHA=64 LR=3e-3 PROJECTOR_LR=2e-4 \
-        VIT_LR=2e-5
 }
 
 evaluate() {
