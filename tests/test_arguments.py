@@ -107,6 +107,17 @@ def test_self_questioning_ratio_has_the_published_default(data):
     assert parse(1, data).sq_r == 0.0
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_is_not_reentrant_under_its_published_name_and_the_new_one(data, name):
+    train = parse(2, data, **{name: True}).train
+    assert train.activation_checkpointing is True
+    assert train.activation_checkpointing_kwargs == {"use_reentrant": False}
+    chosen = parse(2, data, **{name: True, f"{name}_kwargs": '{"use_reentrant": true}'}).train
+    assert chosen.activation_checkpointing_kwargs == {"use_reentrant": True}
+    assert not parse(2, data).train.activation_checkpointing
+
+
 def test_each_learning_rate_counts_whichever_others_are_set(data):
     rates = learning_rates(parse(2, data, learning_rate=1.0, vision_tower_lr=0.1).train)
     assert rates == {"language model": 1.0, "projector": 1.0, "vision tower": 0.1}

@@ -168,8 +168,12 @@ class TrainArguments(TrainingArguments):
             self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # below 1, transformers takes it as a share
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        # The published scripts' name, under which transformers 6 will not know it any more.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.activation_checkpointing_kwargs is None:
+            given = self.gradient_checkpointing_kwargs
+            self.activation_checkpointing_kwargs = given or {"use_reentrant": False}
         super().__post_init__()
 
 

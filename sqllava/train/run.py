@@ -176,8 +176,8 @@ def build_model(
         vision_feature_select_strategy=SELECT_FEATURES[flags.mm_vision_select_feature],
     )
     model.config.use_cache = False
-    if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(train.gradient_checkpointing_kwargs)
+    if train.activation_checkpointing:
+        model.activation_checkpointing_enable(train.activation_checkpointing_kwargs)
     return model, processor
 
 
