@@ -20,11 +20,15 @@ use_environment() {
     # belongs to; a lock that a killed compilation left behind would be waited for without end.
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}
     [ ! -d "$TORCH_EXTENSIONS_DIR" ] || find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +10 -delete
-    local wanted stamp=$VIRTUAL_ENV/.sqllava-$extras
+    # A stamp for each extra, so that what one script has installed serves another that asks for less.
+    local wanted extra missing=""
     wanted=$(cd "$REPO" && echo "$REPO" | sha256sum - pyproject.toml constraints.txt)
-    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
+    for extra in ${extras//,/ }; do
+        [ "$(cat "$VIRTUAL_ENV/.sqllava-$extra" 2>/dev/null)" = "$wanted" ] || missing=$extra
+    done
+    [ -n "$missing" ] || return 0
     install_packages "$extras"
-    echo "$wanted" >"$stamp"
+    for extra in ${extras//,/ }; do echo "$wanted" >"$VIRTUAL_ENV/.sqllava-$extra"; done
 }
 
 install_packages() {

@@ -201,6 +201,21 @@ def test_documented_commands_name_files_and_flags_that_exist(path):
                 assert word.split("=")[0] in known, f"{path.name}: {command}"
 
 
+def test_what_one_script_has_installed_serves_another_that_asks_for_less(tmp_path):
+    steps = "; ".join(
+        f"use_environment {extras}" for extras in ("train,eval", "train", "eval,test")
+    )
+    done = subprocess.run(
+        ["bash", "-euc", f'source scripts/env.sh; install_packages() {{ echo "$1"; }}; {steps}'],
+        env={**os.environ, "VIRTUAL_ENV": str(tmp_path)},
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["train,eval", "eval,test"]
+
+
 def test_a_lock_that_a_killed_compilation_left_is_removed_and_a_fresh_one_is_kept(tmp_path):
     old, new = (tmp_path / "torch_extensions" / name / "lock" for name in ("killed", "running"))
     for lock in (old, new):
