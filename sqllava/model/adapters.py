@@ -1,4 +1,9 @@
-"""ViT-LoRA, LLM-LoRA and the projector as one PEFT adapter: what trains, and reading it back."""
+"""ViT-LoRA, LLM-LoRA and the projector as one PEFT adapter: what trains, and reading it back.
+
+PEFT is imported where it is used: that takes seconds, and a model is loaded without it.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import json
@@ -6,11 +11,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +21,9 @@ from transformers import PreTrainedModel
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.weights import raise_faults
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -81,6 +87,9 @@ def prepare_training(
     Returns:
         A PeftModel, or for full finetuning the model itself.
     """
+    from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
+
     model.requires_grad_(False)
     if training.full_language:
         model.model.language_model.requires_grad_(True)
@@ -104,6 +113,8 @@ def _loras(training: Training) -> dict[str, Lora | None]:
 
 def lora_config(training: Training) -> LoraConfig:
     """PEFT's configuration of what a stage trains."""
+    from peft import LoraConfig
+
     active = {targets: lora for targets, lora in _loras(training).items() if lora}
     return LoraConfig(
         target_modules="|".join(f"({targets})" for targets in active) or NO_TARGETS,
