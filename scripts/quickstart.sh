@@ -2,23 +2,24 @@
 # From a fresh clone to a trained model and a report, on two CPU cores in some ten minutes:
 #     bash scripts/quickstart.sh              the miniature world, in checkpoints/shapes
 #     QUICK=1 bash scripts/quickstart.sh      a smoke run of two minutes, in checkpoints/shapes-quick
-# A step is skipped when its result is there; what it prints goes to the folder's logs/. To start over,
-# remove the folder.
+# OUTPUT_DIR=FOLDER puts it elsewhere. A step is skipped when its result is there; what it prints goes
+# to the folder's logs/. To start over, remove the folder.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$REPO"
 source demo/shapes/train.sh
 
-OUT=checkpoints/shapes
+folder=checkpoints/shapes
 SCENES=(--scenes-pretrain 6400 --scenes-finetune 5120 --eval-scenes 600)
 ASKED_SCENES=100
 BRIEF=()
 if [ "${QUICK:-0}" = 1 ]; then
-    OUT=checkpoints/shapes-quick
+    folder=checkpoints/shapes-quick
     SCENES=(--scenes-pretrain 256 --scenes-finetune 256 --eval-scenes 40)
     ASKED_SCENES=10
     BRIEF=(--max_steps 4 --logging_steps 1)
 fi
+OUT=${OUTPUT_DIR:-$folder}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # In the order of the steps; each step's result is a folder in $OUT.
 RESULTS=(data stage1 stage2 eval demo report)
@@ -46,8 +47,8 @@ main() {
 # Results belong to the base models, the world and the values that made them.
 drop_stale_results() {
     local made_from
-    made_from=$(cat demo/shapes/base/*/* demo/shapes/{world,make_data}.py demo/shapes/train.sh scripts/{quickstart,launch}.sh \
-        scripts/{pretrain_clu,finetune_lora_clu_sq}.sh | sha256sum)
+    made_from=$(cat demo/shapes/base/*/* demo/shapes/{world,make_data}.py demo/shapes/train.sh \
+        scripts/{quickstart,launch,pretrain_clu,finetune_lora_clu_sq}.sh | sha256sum)
     if [ "$(cat "$OUT/made_from" 2>/dev/null)" != "$made_from" ]; then
         rm -rf "${RESULTS[@]/#/$OUT/}" "${RESULTS[@]/#/$OUT/done/}"
         echo "$made_from" >"$OUT/made_from"

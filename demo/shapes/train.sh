@@ -16,7 +16,7 @@ train_stage2() {
     with_values "${values[@]}" bash scripts/finetune_lora_clu_sq.sh --lora_dropout 0 "$@"
 }
 
-# with_values NAME=VALUE... COMMAND...: what both stages share goes with each.
+# with_values NAME=VALUE... bash SCRIPT FLAGS...: these values, and those that both stages share.
 with_values() {
     local processes=${NPROC:-2}
     env MODEL=demo/shapes/base/lm VISION_TOWER=demo/shapes/base/tower NPROC="$processes" WORKERS=0 \
