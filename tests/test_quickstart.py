@@ -1,4 +1,4 @@
-"""The quickstart's smoke run: every step of the whole path, and that none is done twice."""
+"""The quickstart's smoke run, and what goes on from it: every step, and that none is done twice."""
 
 import json
 import subprocess
@@ -8,12 +8,22 @@ from pathlib import Path
 import pytest
 from training import REPO, environment
 
+from sqllava.data.records import iter_records
+
 STEPS = ("data", "stage1", "stage2", "eval", "demo", "report")
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (Path(sys.prefix) / ".sqllava-train").exists(),
+        reason="not in an environment of scripts/test.sh, where nothing is left to install",
+    ),
+]
 
-def quickstart(output: Path) -> str:
+
+def smoke_run(script: str, output: Path, *words: str) -> str:
     done = subprocess.run(
-        ["bash", "scripts/quickstart.sh"],
+        ["bash", script, *words],
         cwd=REPO,
         env=environment(QUICK="1", OUTPUT_DIR=str(output)),
         capture_output=True,
@@ -23,21 +33,34 @@ def quickstart(output: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not (Path(sys.prefix) / ".sqllava-train").exists(),
-    reason="not in an environment of scripts/test.sh, where nothing is left to install",
-)
-def test_the_smoke_run_takes_every_step_once(tmp_path):
-    shown = quickstart(tmp_path)
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("shapes")
+
+
+@pytest.fixture(scope="module")
+def shown(output):
+    return smoke_run("scripts/quickstart.sh", output)
+
+
+def test_every_step_is_taken_once(shown, output):
     assert "skipped" not in shown
     assert "VUSER 3: " in shown  # the demo's questions
-    assert all((tmp_path / "done" / step).exists() for step in STEPS)
-    figures = json.loads((tmp_path / "eval" / "figures.json").read_text())
+    assert all((output / "done" / step).exists() for step in STEPS)
+    figures = json.loads((output / "eval" / "figures.json").read_text())
     assert (figures["scenes"], figures["questions"]) == (40, 120)
     assert f"{100 * figures['vqa_accuracy']:.1f} %" in shown
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert "<script src=" not in page and len(page) > 10_000
-
-    again = quickstart(tmp_path)
+    assert (output / "report" / "index.html").stat().st_size > 10_000
+    again = smoke_run("scripts/quickstart.sh", output)
     assert again.count("skipped, the result is there") == len(STEPS)
+
+
+def test_its_own_records_train_beside_the_worlds(shown, output):
+    table = smoke_run("demo/shapes/compare_self_qa.sh", output, "5")
+    folder = output / "self_qa"
+    people, own = (list(iter_records(folder / f"{name}.json")) for name in ("people", "own"))
+    assert [record["image"] for record in own] == [record["image"] for record in people]
+    for name, line in zip(("people", "own"), table.splitlines()[-2:], strict=True):
+        figures = json.loads((folder / f"{name}-5-eval" / "figures.json").read_text())
+        right = f"{100 * figures['vqa_accuracy']:.1f}"
+        assert line.split() == [name, right, right]

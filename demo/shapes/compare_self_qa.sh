@@ -4,7 +4,7 @@
 #     bash demo/shapes/compare_self_qa.sh [SEED...]
 # The quickstart's model asks and answers about new scenes. Stage 2 is trained on what it wrote, and on as
 # many records that the world made about the same scenes, from the same stage 1. What is there is not
-# done again; to start over, remove checkpoints/shapes/self_qa.
+# done again; to start over, remove checkpoints/shapes/self_qa. QUICK=1 and OUTPUT_DIR are the quickstart's.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/env.sh"
 use_environment train,eval
@@ -12,6 +12,14 @@ cd "$REPO"
 source demo/shapes/train.sh
 
 RUN=checkpoints/shapes
+SCENES=2000
+BRIEF=()
+if [ "${QUICK:-0}" = 1 ]; then
+    RUN=checkpoints/shapes-quick
+    SCENES=40
+    BRIEF=(--max_steps 2)
+fi
+RUN=${OUTPUT_DIR:-$RUN}
 OUT=$RUN/self_qa
 IMAGES=$OUT/data/mixTraindata
 SEEDS=("$@")
@@ -52,7 +60,7 @@ quietly() {
 # Of another seed than the quickstart's.
 draw_scenes() {
     python demo/shapes/make_data.py --out "$OUT/data" --seed 7 \
-        --scenes-pretrain 1 --scenes-finetune 2000 --eval-scenes 2 &&
+        --scenes-pretrain 1 --scenes-finetune "$SCENES" --eval-scenes 2 &&
         python - "$IMAGES/shapes_finetune.json" "$OUT/people.json" <<'PYTHON'
 import json, sys
 
@@ -66,7 +74,7 @@ train_and_evaluate() {
     local records=$1 seed=$2 output=$OUT/$1-$2
     [ ! -e "$output-eval/figures.json" ] || return 0
     NPROC=1 quietly "$records-$seed" train_stage2 "$output" "$OUT/$records.json" "$IMAGES" "$RUN/stage1" \
-        --seed "$seed"
+        --seed "$seed" "${BRIEF[@]}"
     quietly "$records-$seed-eval" python demo/shapes/evaluate.py --model "$output" --data "$RUN/data" \
         --output "$output-eval" --asked-scenes 10
 }
