@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Do records that the data engine writes train as well as people's? In the miniature world, after
-# scripts/quickstart.sh; five minutes a seed on two cores:
+# scripts/quickstart.sh; a quarter of an hour on two cores:
 #     bash demo/shapes/compare_self_qa.sh [SEED...]
 # The quickstart's model asks and answers about new scenes. Stage 2 is trained on what it wrote, and on as
 # many records that the world made about the same scenes, from the same stage 1. What is there is not
