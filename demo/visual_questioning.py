@@ -85,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         images = {path: open_image(path) for path in args.image}
         questioner = load_questioner(args)
-        from sqllava.ask import QUESTION_TOKENS
-        from sqllava.ask_command import Plan, Transcript, converse
-        from sqllava.writer import ANSWER_TOKENS, Decoding
+        from sqllava.ask.command import Plan, Transcript, converse
+        from sqllava.ask.questioner import QUESTION_TOKENS
+        from sqllava.generation.writer import ANSWER_TOKENS, Decoding
 
         asking = Decoding(
             args.max_new_tokens or QUESTION_TOKENS,

@@ -5,8 +5,8 @@ Importing the package makes its model known to transformers' Auto classes.
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from sqllava.ask import SelfQuestioner
-from sqllava.model.checkpoint import load
+from sqllava.ask.questioner import SelfQuestioner
+from sqllava.checkpoint.load import load
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration, SQLlavaModel
 from sqllava.model.processor import SQLlavaProcessor

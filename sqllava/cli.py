@@ -9,10 +9,13 @@ from typing import Any
 # command -> (module whose `main(argv)` runs it, what it does). Modules load when they are called.
 COMMANDS = {
     "data": ("sqllava.data.cli", "fetch, check, index and look at training data"),
-    "ask": ("sqllava.ask_command", "describe pictures, ask about them, or make data of a folder"),
-    "serve": ("sqllava.serve", "serve a page to question images in a browser"),
+    "ask": ("sqllava.ask.command", "describe pictures, ask about them, or make data of a folder"),
+    "serve": ("sqllava.serve.page", "serve a page to question images in a browser"),
     "train": ("sqllava.train.run", "train a stage (the scripts call it through DeepSpeed)"),
-    "convert": ("sqllava.convert", "turn a checkpoint into another layout, or merge an adapter"),
+    "convert": (
+        "sqllava.checkpoint.convert",
+        "turn a checkpoint into another layout, or merge an adapter",
+    ),
     "eval": ("sqllava.eval.cli", "benchmarks: prepare, run, score, judge, report"),
 }
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sqllava.checkpoint.load import assemble
 from sqllava.encoding import add_image_token
 from sqllava.model.adapters import Lora, Training, adapter_state, prepare_training
-from sqllava.model.checkpoint import assemble
 from sqllava.train.trainer import save_adapter
 
 REPO = Path(__file__).resolve().parent.parent

@@ -420,7 +420,7 @@ def copy_tiny_model(folder: Path) -> Path:
     """
     import torch
 
-    from sqllava.model.checkpoint import assemble
+    from sqllava.checkpoint.load import assemble
 
     model, processor = assemble(
         str(GOLDEN / "vicuna-tiny"), str(GOLDEN / "clip-tiny"), conversation_template="v1_sq"

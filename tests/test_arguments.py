@@ -128,8 +128,8 @@ def test_each_learning_rate_counts_whichever_others_are_set(data):
 
 
 def test_each_trained_parameter_is_in_exactly_one_group(data):
+    from sqllava.checkpoint.load import assemble
     from sqllava.model.adapters import prepare_training
-    from sqllava.model.checkpoint import assemble
 
     arguments = parse(2, data, weight_decay=0.1, mm_projector_lr=0.2)
     model, _ = assemble(str(GOLDEN / "vicuna-tiny"), str(GOLDEN / "clip-tiny"))

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from sqllava import SelfQuestioner
-from sqllava.ask import describing
+from sqllava.ask.questioner import describing
+from sqllava.checkpoint.load import assemble
 from sqllava.conversation import DESCRIBE_QUESTION, Turn
-from sqllava.model.checkpoint import assemble
-from sqllava.writer import GREEDY, Decoding, EncodedImage, Writer
+from sqllava.generation.writer import GREEDY, Decoding, EncodedImage, Writer
 
 GIVEN = describing("a dog")
 

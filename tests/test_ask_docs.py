@@ -7,9 +7,11 @@ import shlex
 import pytest
 from conftest import REPO
 
-from sqllava import SelfQuestioner, ask_command, serve
+from sqllava import SelfQuestioner
+from sqllava.ask import command
+from sqllava.ask.data_engine import VERDICTS
 from sqllava.eval import selfq
-from sqllava.self_qa import VERDICTS
+from sqllava.serve import page
 
 DOCS = ("demo.md", "self_questioning.md")
 
@@ -32,7 +34,7 @@ def test_commands_parse(words):
     if words[:2] == ["eval", "selfq"]:
         assert selfq.parse_arguments(words[2:]).asked
         return
-    parse = {"ask": ask_command.parse_arguments, "serve": serve.parse_arguments}[words[0]]
+    parse = {"ask": command.parse_arguments, "serve": page.parse_arguments}[words[0]]
     assert parse(words[1:]).model
 
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sqllava
-from sqllava.model.checkpoint import assemble, layout_of, open_adapter
-from sqllava.model.parts import load_language_model, load_tower
-from sqllava.model.published import our_name, published_name
-from sqllava.model.weights import open_tensors, read_tensors, tensor_names
+from sqllava.checkpoint.load import assemble, layout_of, open_adapter
+from sqllava.checkpoint.parts import load_language_model, load_tower
+from sqllava.checkpoint.published import our_name, published_name
+from sqllava.checkpoint.weights import open_tensors, read_tensors, tensor_names
 
 GOLDEN = Path(__file__).parent / "fixtures" / "upstream-tiny"
 FILES = sorted(
@@ -281,7 +281,7 @@ def test_code_in_a_bin_file_never_runs(file, form, copy, tmp_path):
 
 
 def test_our_adapter_with_a_tensor_missing_is_refused_by_name(stage2, tmp_path):
-    from sqllava.convert import convert
+    from sqllava.checkpoint.convert import convert
 
     convert(GOLDEN / "sqllava-lora", tmp_path / "ours", "ours")
     file = tmp_path / "ours" / "adapter_model.safetensors"

@@ -6,10 +6,10 @@ from safetensors.torch import load_file
 from training import GOLDEN, flags, write_data
 
 import sqllava
-from sqllava.convert import Options, convert
-from sqllava.model.checkpoint import assemble
-from sqllava.model.published import our_name
-from sqllava.model.weights import read_tensors
+from sqllava.checkpoint.convert import Options, convert
+from sqllava.checkpoint.load import assemble
+from sqllava.checkpoint.published import our_name
+from sqllava.checkpoint.weights import read_tensors
 from sqllava.train import run
 
 # A run at this rate leaves its weights as it found them.

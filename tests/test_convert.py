@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, CLIPVisionModel, LlamaConfig
 
 import sqllava
-from sqllava.convert import Options, convert, main
+from sqllava.checkpoint.convert import Options, convert, main
+from sqllava.checkpoint.load import layout_of, load_base
+from sqllava.checkpoint.published import llama_config, published_name
+from sqllava.checkpoint.weights import read_tensors, weight_names
 from sqllava.model.adapters import Adapter
-from sqllava.model.checkpoint import layout_of, load_base
 from sqllava.model.config import cut_vision_config
-from sqllava.model.published import llama_config, published_name
-from sqllava.model.weights import read_tensors, weight_names
 
 STAGE2 = GOLDEN / "sqllava-lora"
 ROUTES = {
@@ -254,7 +254,7 @@ def test_the_shell_script_merges(tmp_path):
 _MEASURE = """
 import re, sys
 from pathlib import Path
-from sqllava.convert import Options, convert
+from sqllava.checkpoint.convert import Options, convert
 
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from golden_numbers import GOLDEN
 
-from sqllava.convert import Options, convert
+from sqllava.checkpoint.convert import Options, convert
 
 _PUSH = """
 import sys, sqllava

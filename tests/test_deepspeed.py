@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from training import REPO, environment, flags, losses, write_data
 
-from sqllava.model.checkpoint import load_base
+from sqllava.checkpoint.load import load_base
 from sqllava.train import run
 from sqllava.train.trainer import COMPLETE, last_complete_checkpoint
 

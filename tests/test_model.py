@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from sqllava.checkpoint.load import assemble, load
+from sqllava.checkpoint.stage1 import read_stage1
 from sqllava.conversation import Turn
 from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset
 from sqllava.data.index import open_index
 from sqllava.encoding import encode_text
 from sqllava.model.adapters import Lora, Training, load_adapter_state, prepare_training
-from sqllava.model.checkpoint import assemble, load
-from sqllava.model.stage1 import read_stage1
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from training import GOLDEN, flags, history, losses, start, write_data
 
+from sqllava.checkpoint.load import assemble, load, load_base
+from sqllava.checkpoint.stage1 import read_stage1
 from sqllava.model.adapters import (
     Lora,
     Training,
@@ -19,8 +21,6 @@ from sqllava.model.adapters import (
     part_of,
     prepare_training,
 )
-from sqllava.model.checkpoint import assemble, load, load_base
-from sqllava.model.stage1 import read_stage1
 from sqllava.train import run
 from sqllava.train.audit import GradientAudit, GradientAuditError
 from sqllava.train.trainer import COMPLETE, TooManyBadSamplesError, last_complete_checkpoint

@@ -22,11 +22,11 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import sqllava
+from sqllava.checkpoint.convert import Options, convert
+from sqllava.checkpoint.load import load
 from sqllava.conversation import TEMPLATES, Turn
-from sqllava.convert import Options, convert
 from sqllava.encoding import encode_prompt, encode_record
 from sqllava.model.chat import chat_template
-from sqllava.model.checkpoint import load
 
 
 @pytest.fixture(scope="module")
@@ -363,6 +363,6 @@ def test_quantising_an_adapter_says_to_merge_it_first():
     with pytest.raises(ValueError, match="sqllava convert .* --to merged"):
         load(GOLDEN / "sqllava-lora", bits=4)
     with pytest.raises(ValueError, match="must be 16, 8 or 4"):
-        from sqllava.model.checkpoint import quantization
+        from sqllava.checkpoint.load import quantization
 
         quantization(3, torch.float32)

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from sqllava.checkpoint.load import load
 from sqllava.conversation import IMAGE, Turn, get_template
 from sqllava.encoding import encode_prompt
-from sqllava.model.checkpoint import load
 from sqllava.model.processor import SQLlavaProcessor
 
 logger = logging.getLogger(__name__)

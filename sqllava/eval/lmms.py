@@ -14,8 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from sqllava.conversation import IMAGE
+from sqllava.eval.answers import shard_of_environment
 from sqllava.eval.engine import Decoding, Engine, ImagePreparation, open_engine
-from sqllava.eval.generate import shard_of_environment
 
 DEFAULT_TOKENS = 1024
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqllava.data.images import ImageError, load_image, resolve_image
 from sqllava.eval.records import Row, read_json, read_jsonl, write_json, write_text
-from sqllava.eval.run import headline
+from sqllava.eval.score import headline
 from sqllava.eval.tasks import TASKS
 from sqllava.eval.tasks.published import PUBLISHED
 from sqllava.eval.tasks.task import Task

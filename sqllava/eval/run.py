@@ -5,14 +5,14 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from sqllava.eval.answers import Job, Shard, discard, generate, merge, shard_of_environment
 from sqllava.eval.engine import Decoding, Engine, open_engine
-from sqllava.eval.generate import Job, Shard, discard, generate, merge, shard_of_environment
 from sqllava.eval.records import Row, write_json, write_jsonl
-from sqllava.eval.score import score
+from sqllava.eval.report import write_report
+from sqllava.eval.score import headline, score
 from sqllava.eval.tasks import TASKS
 from sqllava.eval.tasks.task import Task
 
@@ -124,18 +124,8 @@ def _score(task: Task, paths: Paths, annotations: Path, options: Row) -> None:
     logger.info("%s: %s (%s)", task.name, headline(task, result.metrics), paths.score)
 
 
-def headline(task: Task, metrics: Row) -> float | None:
-    """The figure that papers print, in their unit; None where it is not there."""
-    value: Any = metrics
-    for key in task.headline:
-        value = value.get(key) if isinstance(value, dict) else None
-    return None if value is None else value * task.scale
-
-
 def run_all(args: argparse.Namespace) -> None:
     """Runs every task whose question file is in the data folder, then reports."""
-    from sqllava.eval.report import write_report
-
     if not args.data:
         raise ValueError("run all needs --data")
     ready = [

@@ -63,6 +63,14 @@ def header_of(answers: Path | None) -> Row:
     return read_json(path) if path and path.is_file() else {}
 
 
+def headline(task: Task, metrics: Row) -> float | None:
+    """The figure that papers print, in their unit; None where it is not there."""
+    value: Any = metrics
+    for key in task.headline:
+        value = value.get(key) if isinstance(value, dict) else None
+    return None if value is None else value * task.scale
+
+
 def score(
     task: Task,
     answers: Path | None,

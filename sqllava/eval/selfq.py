@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqllava.ask import question_key
+from sqllava.ask.questioner import question_key
 from sqllava.cli import Parser
 from sqllava.conversation import DESCRIBE_QUESTION, turns_from_record
 from sqllava.data.records import image_names, iter_records

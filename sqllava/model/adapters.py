@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from sqllava.errors import raise_faults
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
-from sqllava.model.weights import raise_faults
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

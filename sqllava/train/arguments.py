@@ -11,11 +11,11 @@ from typing import Literal, cast
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from sqllava.checkpoint.published import SELECT_FEATURES
 from sqllava.conversation import TEMPLATES
 from sqllava.model.adapters import Lora, Training
 from sqllava.model.processor import ASPECT_RATIOS
 from sqllava.model.projector import build_projector
-from sqllava.model.published import SELECT_FEATURES
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,9 @@ from transformers import enable_full_determinism, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
+from sqllava.checkpoint.load import assemble, quantization
+from sqllava.checkpoint.published import SELECT_FEATURES
+from sqllava.checkpoint.stage1 import read_stage1
 from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset
 from sqllava.data.images import ImagePreparer
@@ -32,11 +35,8 @@ from sqllava.model.adapters import (
     prepare_training,
 )
 from sqllava.model.card import RUN_FILE
-from sqllava.model.checkpoint import assemble, quantization
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
-from sqllava.model.published import SELECT_FEATURES
-from sqllava.model.stage1 import read_stage1
 from sqllava.train.arguments import (
     Arguments,
     parse_arguments,

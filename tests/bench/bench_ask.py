@@ -28,10 +28,10 @@ from transformers import (
 )
 
 import sqllava
-from sqllava.ask import describing
+from sqllava.ask.questioner import describing
+from sqllava.checkpoint.load import assemble
 from sqllava.conversation import Turn
-from sqllava.model.checkpoint import assemble
-from sqllava.writer import Decoding
+from sqllava.generation.writer import Decoding
 
 METHOD = (
     "CPU time of one process on CPU, wall time elsewhere; both sides get the same description and "

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from sqllava.eval.answers import PreparedBatches, plan
 from sqllava.eval.engine import Decoding, Engine, open_engine
-from sqllava.eval.generate import PreparedBatches, plan
 from sqllava.eval.records import Question
 from sqllava.eval.tasks import TASKS
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sqllava.checkpoint.weights import read_tensors
+from sqllava.errors import raise_faults
 from sqllava.model.adapters import (
     ADAPTER_CONFIG,
     PEFT_PREFIX,
@@ -25,7 +27,6 @@ from sqllava.model.adapters import (
     state_faults,
 )
 from sqllava.model.config import SQLlavaConfig
-from sqllava.model.weights import raise_faults, read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from training import environment
 
-from sqllava import load, self_qa
-from sqllava.conversation import DESCRIBE_QUESTION
-from sqllava.data.records import check_record, iter_records
-from sqllava.encoding import encode_record
-from sqllava.self_qa import (
+from sqllava import load
+from sqllava.ask import data_engine
+from sqllava.ask.data_engine import (
     DrawnImage,
     DrawnQuestion,
     Settings,
@@ -33,7 +31,10 @@ from sqllava.self_qa import (
     record_of,
     word_f1,
 )
-from sqllava.writer import Decoding, Written
+from sqllava.conversation import DESCRIBE_QUESTION
+from sqllava.data.records import check_record, iter_records
+from sqllava.encoding import encode_record
+from sqllava.generation.writer import Decoding, Written
 
 BRIEF = {
     "asking": Decoding(8, samples=3, temperature=1.2, top_k=300, top_p=0.95),
@@ -88,7 +89,7 @@ def test_every_image_gets_one_record_that_the_trainer_takes(talker, pictures, tm
     assert report["questions"]["drawn"] == 22 * 3
     described = [values(record)[0].endswith(DESCRIBE_QUESTION) for record in records]
     assert report["descriptions"] == sum(described)
-    assert sum(report["questions"][verdict] for verdict in self_qa.VERDICTS) == 22 * 3
+    assert sum(report["questions"][verdict] for verdict in data_engine.VERDICTS) == 22 * 3
     assert json.loads(out.with_name("self_qa.json.report.json").read_text()) == report
 
 
@@ -113,7 +114,9 @@ def test_an_answer_that_only_echoes_the_description_is_inconsistent():
             return "How many animals are there?"
 
     settings = Settings(model="", **BRIEF)
-    ((description, questions),) = self_qa.draw(Echoing(), [Image.new("RGB", (4, 4))], settings, 0)
+    ((description, questions),) = data_engine.draw(
+        Echoing(), [Image.new("RGB", (4, 4))], settings, 0
+    )
     assert description == "A cat, a dog and a mouse."
     assert [question.verdict for question in questions] == ["inconsistent", "repeated", "repeated"]
     assert (questions[0].answer, questions[0].agreement) == ("three", 0.0)
@@ -133,7 +136,7 @@ def test_a_run_goes_on_where_it_was(talker, pictures, tmp_path, monkeypatch):
     whole, resumed = tmp_path / "whole.json", tmp_path / "resumed.json"
     settings = run_settings(talker)
     make_self_qa(pictures, whole, settings)
-    drawn, draw = [], self_qa.draw
+    drawn, draw = [], data_engine.draw
 
     def stopping(*args):
         drawn.append(args)
@@ -141,7 +144,7 @@ def test_a_run_goes_on_where_it_was(talker, pictures, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return draw(*args)
 
-    monkeypatch.setattr(self_qa, "draw", stopping)
+    monkeypatch.setattr(data_engine, "draw", stopping)
     with pytest.raises(KeyboardInterrupt):
         make_self_qa(pictures, resumed, settings)
     parts = tmp_path / "resumed.json.parts"
@@ -245,7 +248,7 @@ def test_a_record_holds_what_was_kept():
         DrawnQuestion("Why?", "inconsistent", "no"),
         DrawnQuestion("Who?", "kept", "me", 1.0),
     ]
-    assert DrawnImage.from_json(json.dumps(self_qa.asdict(drawn))) == drawn
+    assert DrawnImage.from_json(json.dumps(data_engine.asdict(drawn))) == drawn
     record = record_of(drawn)
     assert (record["id"], record["image"]) == ("a/b.jpg", "a/b.jpg")
     assert values(record) == [

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import cast
 
+from sqllava.checkpoint.parts import read_projector, vision_config_of
+from sqllava.checkpoint.published import PROJECTOR_FILE, read_published_adapter
+from sqllava.checkpoint.weights import has_weights
 from sqllava.model.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, Adapter, read_adapter
 from sqllava.model.config import SQLlavaConfig
-from sqllava.model.parts import read_projector, vision_config_of
-from sqllava.model.published import PROJECTOR_FILE, read_published_adapter
-from sqllava.model.weights import has_weights
 
 
 def read_stage1(path: Path, config: SQLlavaConfig) -> Adapter:

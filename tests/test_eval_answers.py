@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, GenerationConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as HubLlava
 
 from sqllava.eval import cli
+from sqllava.eval.answers import Shard, plan
 from sqllava.eval.engine import Decoding, model_id, open_engine
-from sqllava.eval.generate import Shard, plan
 from sqllava.eval.records import Question, read_json
-from sqllava.eval.run import headline
+from sqllava.eval.score import headline
 from sqllava.eval.tasks import TASKS
 
 REPO = GOLDEN.parent.parent.parent
@@ -79,7 +79,7 @@ def words(task, root, model, answers, *more):
 
 def answers_of(engine, task, root, batch_size):
     """Each question's answer, in batches of the given size, without files."""
-    from sqllava.eval.generate import PreparedBatches
+    from sqllava.eval.answers import PreparedBatches
 
     folder = root / task.layout.folder
     questions = task.read_questions(folder / task.layout.questions)

@@ -21,11 +21,12 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import cached_file
 
+from sqllava.checkpoint.published import is_published, llama_config, our_name, resolve
+from sqllava.checkpoint.weights import has_weights, open_tensors, weight_names
 from sqllava.encoding import add_image_token
+from sqllava.errors import raise_faults
 from sqllava.model.adapters import part_of
 from sqllava.model.config import SQLlavaConfig, cut_vision_config
-from sqllava.model.published import is_published, llama_config, our_name, resolve
-from sqllava.model.weights import has_weights, open_tensors, raise_faults, weight_names
 
 logger = logging.getLogger(__name__)
 

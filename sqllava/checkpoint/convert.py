@@ -21,7 +21,36 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from sqllava.checkpoint.load import (
+    Layout,
+    Parts,
+    assemble,
+    describe,
+    layout_of,
+    load,
+    open_adapter,
+    parts_of,
+    sane_generation_config,
+)
+from sqllava.checkpoint.parts import (
+    files_of,
+    is_ours,
+    language_model_names,
+    projector_names,
+    tower_names,
+    vision_config_of,
+)
+from sqllava.checkpoint.published import (
+    VIT_LORA,
+    published_config,
+    published_name,
+    read_json,
+    write_json,
+    write_published_adapter,
+)
+from sqllava.checkpoint.weights import ShardWriter, open_tensors, stream
 from sqllava.cli import Parser
+from sqllava.errors import raise_faults
 from sqllava.model.adapters import (
     ADAPTER_WEIGHTS,
     PEFT_PREFIX,
@@ -33,37 +62,9 @@ from sqllava.model.adapters import (
     prepare_training,
 )
 from sqllava.model.card import RUN_FILE, model_card, training_facts
-from sqllava.model.checkpoint import (
-    Layout,
-    Parts,
-    assemble,
-    describe,
-    layout_of,
-    load,
-    open_adapter,
-    parts_of,
-    sane_generation_config,
-)
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
-from sqllava.model.parts import (
-    files_of,
-    is_ours,
-    language_model_names,
-    projector_names,
-    tower_names,
-    vision_config_of,
-)
 from sqllava.model.processor import SQLlavaProcessor
-from sqllava.model.published import (
-    VIT_LORA,
-    published_config,
-    published_name,
-    read_json,
-    write_json,
-    write_published_adapter,
-)
-from sqllava.model.weights import ShardWriter, open_tensors, raise_faults, stream
 
 logger = logging.getLogger(__name__)
 

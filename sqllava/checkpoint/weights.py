@@ -191,10 +191,3 @@ class ShardWriter:
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number}.safetensors"
-
-
-def raise_faults(faults: list[str], what: str) -> None:
-    """Raises ValueError with the faults by name, if there are any."""
-    if faults:
-        shown = "\n  ".join(faults[:20]) + ("\n  ..." if len(faults) > 20 else "")
-        raise ValueError(f"{what} ({len(faults)} faults):\n  {shown}")

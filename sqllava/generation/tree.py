@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 
+from sqllava.generation.prefix import Prefix, pad_left, stack
 from sqllava.model.model import SQLlavaModel
-from sqllava.prefix import Prefix, pad_left, stack
 
 _TRUNK, _PADDING = -1, -2
 

@@ -1,7 +1,7 @@
 """Beginnings of prompts that the language model has read, as keys and values to go on from.
 
-Stands between a prompt and the model in `ask.py`: what a prompt shares with what was read before is
-stacked into the batch's cache, and only the rest is computed.
+Stands between a prompt and the model in `writer.py`: what a prompt shares with what was read before
+is stacked into the batch's cache, and only the rest is computed.
 """
 
 from collections.abc import Sequence

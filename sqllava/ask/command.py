@@ -1,7 +1,7 @@
 """`sqllava ask`: questions about pictures, and instruction data from a folder of them.
 
-The command line before `SelfQuestioner` (ask.py) and, with --dataset, before the data engine
-(self_qa.py).
+The command line before `SelfQuestioner` (questioner.py) and, with --dataset, before the data engine
+(data_engine.py).
 """
 
 import argparse
@@ -18,12 +18,12 @@ from typing import TextIO
 from PIL import Image
 
 import sqllava
-from sqllava import self_qa
-from sqllava.ask import QUESTION_TOKENS, SelfQuestioner, describing
+from sqllava.ask import data_engine
+from sqllava.ask.questioner import QUESTION_TOKENS, SelfQuestioner, describing
 from sqllava.cli import Parser
 from sqllava.conversation import Turn
 from sqllava.data.images import ImageError, load_image
-from sqllava.writer import ANSWER_TOKENS, Decoding, Stream
+from sqllava.generation.writer import ANSWER_TOKENS, Decoding, Stream
 
 MAX_DOWNLOAD = 50_000_000
 _DOWNLOAD_SECONDS = 30
@@ -219,7 +219,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rows", type=int, default=64, help="texts decoded together, at most")
     add("--consistency", type=int, default=4, metavar="K", help="answers sampled as a check; or 0")
     add("--agreement", type=float, default=0.75, help="how far they must agree, from 0 to 1")
-    add("--describe-every", type=int, default=self_qa.DESCRIBE_EVERY, metavar="N",
+    add("--describe-every", type=int, default=data_engine.DESCRIBE_EVERY, metavar="N",
         help="one record in N begins with the image's description; 0: none")  # fmt: skip
     args = parser.parse_args(argv)
     if args.describe_every < 0:
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     # Of loading only what is wrong, not the names of the tensors past the layer that is read.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger(self_qa.__name__).setLevel(logging.INFO)
+    logging.getLogger(data_engine.__name__).setLevel(logging.INFO)
     try:
         failed = _make_data(args) if args.dataset else _ask_images(args)
     except (FileNotFoundError, ValueError) as error:
@@ -279,7 +279,7 @@ def _ask_images(args: argparse.Namespace) -> int:
 def _make_data(args: argparse.Namespace) -> int:
     """Makes instruction data; returns 0, as bad images are told in the report."""
     k = args.consistency
-    settings = self_qa.Settings(
+    settings = data_engine.Settings(
         model=args.model,
         base=args.base,
         vision_tower=args.vision_tower,
@@ -291,7 +291,7 @@ def _make_data(args: argparse.Namespace) -> int:
         rows=args.rows,
         seed=args.seed or 0,
     )
-    report = self_qa.make_self_qa(
+    report = data_engine.make_self_qa(
         args.dataset, args.out, settings, args.image_folder, args.processes, args.describe_every
     )
     report = {name: report[name] for name in ("images", "questions", "kept_share")}

@@ -19,7 +19,32 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sqllava.checkpoint.parts import (
+    config_dict,
+    from_pretrained,
+    image_settings,
+    is_ours,
+    language_config_of,
+    load_language_model,
+    load_tokenizer,
+    load_tower,
+    read_projector,
+    read_vision_config,
+    vision_config_of,
+)
+from sqllava.checkpoint.published import (
+    PROJECTOR_FILE,
+    is_published,
+    our_name,
+    published_name,
+    read_json,
+    read_published_adapter,
+    resolve,
+    settings_of,
+)
+from sqllava.checkpoint.weights import has_weights, weight_names
 from sqllava.encoding import image_token_id
+from sqllava.errors import raise_faults
 from sqllava.model.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -33,31 +58,7 @@ from sqllava.model.adapters import (
 )
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
-from sqllava.model.parts import (
-    config_dict,
-    from_pretrained,
-    image_settings,
-    is_ours,
-    language_config_of,
-    load_language_model,
-    load_tokenizer,
-    load_tower,
-    read_projector,
-    read_vision_config,
-    vision_config_of,
-)
 from sqllava.model.processor import SQLlavaProcessor, build_processor
-from sqllava.model.published import (
-    PROJECTOR_FILE,
-    is_published,
-    our_name,
-    published_name,
-    read_json,
-    read_published_adapter,
-    resolve,
-    settings_of,
-)
-from sqllava.model.weights import has_weights, raise_faults, weight_names
 
 logger = logging.getLogger(__name__)
 

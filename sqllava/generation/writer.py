@@ -1,7 +1,7 @@
 """Writer: open conversations about images -> texts, with everything that is shared computed once.
 
-The engine under `ask.py`. Pictures are encoded once, what the prompts of an image share is read
-once (`prefix.py`), and the rows of a batch are decoded together by transformers' `generate`.
+The engine under asking and evaluation. Pictures are encoded once, what the prompts of an image
+share is read once (`prefix.py`), and the rows of a batch are decoded together.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ from transformers.generation.logits_process import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sqllava.conversation import Turn
+from sqllava.generation.prefix import UNREAD, Prefix, pad_left, shared_length, stack, unstack
+from sqllava.generation.tree import Tree
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
-from sqllava.prefix import UNREAD, Prefix, pad_left, shared_length, stack, unstack
-from sqllava.tree import Tree
 
 ANSWER_TOKENS = 1024
 

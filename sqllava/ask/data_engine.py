@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sqllava.ask import SelfQuestioner, describing, question_key, seeded
+from sqllava.ask.questioner import SelfQuestioner, describing, question_key, seeded
+from sqllava.checkpoint.load import load
 from sqllava.conversation import DESCRIBE_QUESTION, IMAGE, Turn
 from sqllava.data.images import ImageError, load_image, resolve_image
 from sqllava.data.records import image_names, iter_records
-from sqllava.model.checkpoint import load
-from sqllava.writer import Decoding, EncodedImage, Written
+from sqllava.generation.writer import Decoding, EncodedImage, Written
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _ROLE_TAG = re.compile(r"\b(USER|ASSISTANT|VUSER):")

@@ -1,6 +1,6 @@
 """`sqllava serve`: a page to drop an image on, see what the model asks about it, and talk about it.
 
-A front to `SelfQuestioner` (ask.py) in one process. Texts are shown as they are written; what was
+A front to `SelfQuestioner` in one process. Texts are shown as they are written; what was
 said about an image is remembered, so that each turn reads only what is new.
 """
 
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import sqllava
-from sqllava.ask import SelfQuestioner, describing
+from sqllava.ask.data_engine import SUFFIXES
+from sqllava.ask.questioner import SelfQuestioner, describing
 from sqllava.cli import Parser
 from sqllava.conversation import Turn
 from sqllava.data.images import ImageError, load_image
-from sqllava.self_qa import SUFFIXES
-from sqllava.writer import Decoding, EncodedImage, Stream
+from sqllava.generation.writer import Decoding, EncodedImage, Stream
 
 MOST_QUESTIONS = 8
 MOST_PIXELS = 25_000_000

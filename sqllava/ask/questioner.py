@@ -1,7 +1,7 @@
 """SelfQuestioner: an image -> its description, questions about it, and answers to them.
 
 The model's use after training. Turns become a conversation whose last turn is open, and the writer
-beneath (`writer.py`) writes it, computing once what several of them share.
+beneath (`generation/writer.py`) writes it, computing once what several of them share.
 """
 
 import contextlib
@@ -12,7 +12,15 @@ from typing import Literal
 import torch
 
 from sqllava.conversation import DESCRIBE_QUESTION, Turn, get_template
-from sqllava.writer import ANSWER_TOKENS, GREEDY, Decoding, EncodedImage, Picture, Stream, Writer
+from sqllava.generation.writer import (
+    ANSWER_TOKENS,
+    GREEDY,
+    Decoding,
+    EncodedImage,
+    Picture,
+    Stream,
+    Writer,
+)
 
 QUESTION_TOKENS = 300
 # How often questions that have been asked before are drawn anew.

@@ -1,0 +1,1 @@
+"""Asking: an image -> its description, questions about it, answers, and records made of them."""

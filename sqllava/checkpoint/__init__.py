@@ -1,0 +1,1 @@
+"""Checkpoints: every layout, ours and the published, read, written and turned into one another."""

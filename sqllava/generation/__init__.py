@@ -1,0 +1,1 @@
+"""Generation: an open conversation -> text, with everything that several share computed once."""

@@ -1,0 +1,1 @@
+"""Serving: a page in the browser."""
