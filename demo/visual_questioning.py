@@ -85,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         images = {path: open_image(path) for path in args.image}
         questioner = load_questioner(args)
-        from sqllava.ask.command import Plan, Transcript, converse
-        from sqllava.ask.questioner import QUESTION_TOKENS
-        from sqllava.generation.writer import ANSWER_TOKENS, Decoding
+        from sqllava.ask.transcript import Plan, Transcript, converse
+        from sqllava.generation.decoding import ANSWER_TOKENS, QUESTION_TOKENS, Decoding
 
         asking = Decoding(
             args.max_new_tokens or QUESTION_TOKENS,

@@ -9,11 +9,11 @@ from typing import Any
 # command -> (module whose `main(argv)` runs it, what it does). Modules load when they are called.
 COMMANDS = {
     "data": ("sqllava.data.cli", "fetch, check, index and look at training data"),
-    "ask": ("sqllava.ask.command", "describe pictures, ask about them, or make data of a folder"),
-    "serve": ("sqllava.serve.page", "serve a page to question images in a browser"),
-    "train": ("sqllava.train.run", "train a stage (the scripts call it through DeepSpeed)"),
+    "ask": ("sqllava.ask.cli", "describe pictures, ask about them, or make data of a folder"),
+    "serve": ("sqllava.serve.cli", "serve a page to question images in a browser"),
+    "train": ("sqllava.train.cli", "train a stage (the scripts call it through DeepSpeed)"),
     "convert": (
-        "sqllava.checkpoint.convert",
+        "sqllava.checkpoint.cli",
         "turn a checkpoint into another layout, or merge an adapter",
     ),
     "eval": ("sqllava.eval.cli", "benchmarks: prepare, run, score, judge, report"),

@@ -233,3 +233,11 @@ def _render_turn(turn: Turn, template: Template) -> list[Piece]:
     if turn.role != "assistant":
         pieces.append(Piece("text", " "))
     return pieces
+
+
+def question_key(text: str) -> str:
+    """What makes two questions the same: their words, whatever the case, blanks and last mark.
+
+    The key of a text without words is "", which every conversation counts as asked.
+    """
+    return " ".join(text.casefold().split()).rstrip("?.! ")

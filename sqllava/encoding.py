@@ -1,17 +1,17 @@
 """Pieces of a conversation -> (input_ids, labels), with the published code's token ids.
 
 Labels are built while the ids are: each piece is tokenised once and carries its own `trained`
-mark, so no mask is ever searched for in a prompt string.
+mark, so no mask is ever searched for in a prompt string. Tokenizers are given, never loaded here.
 """
+
+from __future__ import annotations
 
 import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, cast
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from sqllava.conversation import (
     IMAGE,
@@ -24,6 +24,9 @@ from sqllava.conversation import (
     render_exchanges,
     turns_from_record,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 
@@ -56,7 +59,7 @@ class Encoded:
         self.input_ids += ids
         self.labels += ids if trained else [IGNORE_INDEX] * len(ids)
 
-    def extend(self, other: "Encoded") -> None:
+    def extend(self, other: Encoded) -> None:
         self.input_ids += other.input_ids
         self.labels += other.labels
 

@@ -10,7 +10,8 @@ from sqllava import SelfQuestioner
 from sqllava.ask.questioner import describing
 from sqllava.checkpoint.load import assemble
 from sqllava.conversation import DESCRIBE_QUESTION, Turn
-from sqllava.generation.writer import GREEDY, Decoding, EncodedImage, Writer
+from sqllava.generation.decoding import GREEDY, Decoding
+from sqllava.generation.writer import EncodedImage, Writer
 
 GIVEN = describing("a dog")
 

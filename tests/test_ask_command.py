@@ -12,7 +12,8 @@ import pytest
 from training import environment
 
 from sqllava import SelfQuestioner, load
-from sqllava.ask.command import Transcript, main, named_images, open_picture, parse_arguments
+from sqllava.ask.cli import main, parse_arguments
+from sqllava.ask.transcript import Transcript, named_images, open_picture
 from sqllava.data.images import ImageError
 
 
@@ -79,7 +80,7 @@ def test_urls_are_fetched_only_when_allowed(server, golden, tmp_path):
 
 
 def test_what_is_fetched_is_bounded(server, monkeypatch):
-    monkeypatch.setattr("sqllava.ask.command.MAX_DOWNLOAD", 100)
+    monkeypatch.setattr("sqllava.ask.transcript.MAX_DOWNLOAD", 100)
     with pytest.raises(ImageError, match="more than 100 bytes"):
         open_picture(f"{server}/2.png")
 

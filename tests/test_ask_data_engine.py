@@ -34,7 +34,8 @@ from sqllava.ask.data_engine import (
 from sqllava.conversation import DESCRIBE_QUESTION
 from sqllava.data.records import check_record, iter_records
 from sqllava.encoding import encode_record
-from sqllava.generation.writer import Decoding, Written
+from sqllava.generation.decoding import Decoding
+from sqllava.generation.writer import Written
 
 BRIEF = {
     "asking": Decoding(8, samples=3, temperature=1.2, top_k=300, top_p=0.95),

@@ -8,10 +8,10 @@ import pytest
 from conftest import REPO
 
 from sqllava import SelfQuestioner
-from sqllava.ask import command
+from sqllava.ask import cli as ask
 from sqllava.ask.data_engine import VERDICTS
 from sqllava.eval import selfq
-from sqllava.serve import page
+from sqllava.serve import cli as serve
 
 DOCS = ("demo.md", "self_questioning.md")
 
@@ -34,7 +34,7 @@ def test_commands_parse(words):
     if words[:2] == ["eval", "selfq"]:
         assert selfq.parse_arguments(words[2:]).asked
         return
-    parse = {"ask": command.parse_arguments, "serve": page.parse_arguments}[words[0]]
+    parse = {"ask": ask.parse_arguments, "serve": serve.parse_arguments}[words[0]]
     assert parse(words[1:]).model
 
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sqllava import SelfQuestioner
-from sqllava.ask.questioner import describing, question_key
+from sqllava.ask.questioner import describing
 from sqllava.checkpoint.load import assemble
-from sqllava.conversation import DESCRIBE_QUESTION, Turn
+from sqllava.conversation import DESCRIBE_QUESTION, Turn, question_key
+from sqllava.generation.decoding import Decoding
 from sqllava.generation.prefix import UNREAD, Prefix, pad_left, shared_length, stack, unstack
-from sqllava.generation.writer import Decoding
 
 GIVEN = describing("a dog")
 SAMPLED = Decoding(6, samples=3, temperature=1.2, top_k=300, top_p=0.95)

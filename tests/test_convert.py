@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, CLIPVisionModel, LlamaConfig
 
 import sqllava
-from sqllava.checkpoint.convert import Options, convert, main
+from sqllava.checkpoint.cli import main
+from sqllava.checkpoint.convert import Options, convert
 from sqllava.checkpoint.load import layout_of, load_base
 from sqllava.checkpoint.published import llama_config, published_name
 from sqllava.checkpoint.weights import read_tensors, weight_names

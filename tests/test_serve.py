@@ -16,7 +16,8 @@ from training import environment
 
 from sqllava import SelfQuestioner, load
 from sqllava.data.images import ImageError
-from sqllava.serve.page import MOST_PIXELS, Page, main
+from sqllava.serve.cli import main
+from sqllava.serve.page import MOST_PIXELS, Page
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -23,13 +23,15 @@ from PIL import Image
 from tqdm import tqdm
 
 import sqllava
-from sqllava.ask.questioner import Decoding, EncodedImage, describing
+from sqllava.ask.questioner import describing
 from sqllava.eval.answers import Job, generate
 from sqllava.eval.engine import Decoding as TaskDecoding
 from sqllava.eval.engine import Engine, open_engine
 from sqllava.eval.metrics.java import MissingToolError
 from sqllava.eval.score import Score, score
 from sqllava.eval.tasks import get_task
+from sqllava.generation.decoding import Decoding
+from sqllava.generation.writer import EncodedImage
 
 logger = logging.getLogger("evaluate")
 

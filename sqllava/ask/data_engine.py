@@ -24,20 +24,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sqllava.ask.questioner import SelfQuestioner, describing, question_key, seeded
+from sqllava.ask import DESCRIBE_EVERY
+from sqllava.ask.questioner import SelfQuestioner, describing, seeded
 from sqllava.checkpoint.load import load
-from sqllava.conversation import DESCRIBE_QUESTION, IMAGE, Turn
+from sqllava.conversation import DESCRIBE_QUESTION, IMAGE, Turn, question_key
 from sqllava.data.images import ImageError, load_image, resolve_image
 from sqllava.data.records import image_names, iter_records
-from sqllava.generation.writer import Decoding, EncodedImage, Written
+from sqllava.generation.decoding import Decoding
+from sqllava.generation.writer import EncodedImage, Written
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _ROLE_TAG = re.compile(r"\b(USER|ASSISTANT|VUSER):")
 _WORD = re.compile(r"\w+")
 _UNREADABLE_SHOWN = 100
-# Of LLaVA-Instruct-150K's records one in seven is a description, of the miniature world's one in
-# three has one.
-DESCRIBE_EVERY = 3
 
 logger = logging.getLogger(__name__)
 

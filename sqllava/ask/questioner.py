@@ -11,18 +11,10 @@ from typing import Literal
 
 import torch
 
-from sqllava.conversation import DESCRIBE_QUESTION, Turn, get_template
-from sqllava.generation.writer import (
-    ANSWER_TOKENS,
-    GREEDY,
-    Decoding,
-    EncodedImage,
-    Picture,
-    Stream,
-    Writer,
-)
+from sqllava.conversation import DESCRIBE_QUESTION, Turn, get_template, question_key
+from sqllava.generation.decoding import ANSWER_TOKENS, GREEDY, QUESTION_TOKENS, Decoding
+from sqllava.generation.writer import EncodedImage, Picture, Stream, Writer
 
-QUESTION_TOKENS = 300
 # How often questions that have been asked before are drawn anew.
 REDRAWS = 3
 
@@ -255,14 +247,6 @@ class SelfQuestioner(Writer):
             raise ValueError(
                 f"template {template.name!r} has no role that asks; models trained with 'v1_sq' do"
             )
-
-
-def question_key(text: str) -> str:
-    """What makes two questions the same: their words, whatever the case, blanks and last mark.
-
-    The key of a text without words is "", which every conversation counts as asked.
-    """
-    return " ".join(text.casefold().split()).rstrip("?.! ")
 
 
 @contextlib.contextmanager

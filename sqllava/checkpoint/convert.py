@@ -1,16 +1,14 @@
-"""`sqllava convert`: a checkpoint in one layout -> the same in another.
+"""A checkpoint in one layout -> the same in another: what `sqllava convert` does.
 
 Weights stream from file to file, a piece of a shard at a time, so that a model never has to fit
 into memory. The result is made beside its place and renamed when it is whole.
 """
 
-import argparse
 import contextlib
 import json
 import logging
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from sqllava.checkpoint import SHARD_BYTES
 from sqllava.checkpoint.load import (
     Layout,
     Parts,
@@ -49,7 +48,6 @@ from sqllava.checkpoint.published import (
     write_published_adapter,
 )
 from sqllava.checkpoint.weights import ShardWriter, open_tensors, stream
-from sqllava.cli import Parser
 from sqllava.errors import raise_faults
 from sqllava.model.adapters import (
     ADAPTER_WEIGHTS,
@@ -87,7 +85,6 @@ _AUTO_MAP = {
     "AutoModelForImageTextToText": "SQLlavaForConditionalGeneration",
     "AutoProcessor": "SQLlavaProcessor",
 }
-SHARD_BYTES = 2 * 10**9
 SMALL_BYTES = 64 * 10**6
 CHECK_PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 
@@ -104,63 +101,6 @@ class Options:
     check: bool = True
     image: str | None = None
     figures: str | None = None
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
-    arguments = _parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
-    logging.getLogger("sqllava").setLevel(logging.INFO)
-    options = {name: getattr(arguments, name) for name in Options.__dataclass_fields__}
-    try:
-        difference = convert(arguments.source, arguments.target, arguments.to, Options(**options))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    if difference is not None:
-        sys.stdout.write(f"largest difference of logits, merged and unmerged: {difference:.3g}\n")
-    sys.stdout.write(f"{arguments.target}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="sqllava convert",
-        description="Converts checkpoints between the published layouts and ours, and merges "
-        "adapters. SOURCE may be any folder that sqllava.load opens.",
-    )
-    add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="the folder to convert")
-    add("target", type=Path, metavar="TARGET", help="the folder to make; it must not exist yet")
-    add(
-        "--to",
-        required=True,
-        choices=["ours", "published", "merged"],
-        help="ours: our adapter directory for an adapter, else our model directory; published: the "
-        "layout of the published code; merged: a whole model, adapter and all",
-    )
-    add("--base", help="the language model under an adapter, if not the one its config names")
-    add("--vision-tower", help="the tower, if not the one that the config names")
-    add("--vit-lora", help="a published folder with the tower's LoRA, if not the adapter's own")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="of a whole model's weights; auto is that of its language model's files",
-    )
-    add(
-        "--shard-bytes",
-        type=int,
-        default=SHARD_BYTES,
-        help="largest size of a file of a whole model; memory grows with it (default: %(default)s)",
-    )
-    add(
-        "--no-check",
-        dest="check",
-        action="store_false",
-        help="after merging, do not compare logits; the comparison holds the model in memory",
-    )
-    add("--figures", help="a JSON file with an evaluation's figures, for the model card")
-    add("--image", help="the picture for that comparison (default: a drawn one)")
-    return parser
 
 
 def convert(

@@ -1,16 +1,22 @@
 """Image files -> RGB images -> pixel values: names that stay in their folder, files that decode
 whole, and the published preprocessing without its detours.
 
-Stands beside the index on the data's path.
+Stands beside the index on the data's path. torch comes with the first pixel values: most commands
+that read images need none.
 """
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+if TYPE_CHECKING:
+    import torch
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 # Pillow's own limit: a quarter of a gigabyte as RGB.
 MAX_PIXELS = 89_478_485
@@ -84,6 +90,8 @@ class ImagePreparer:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Pixel values [3, H, W] of an RGB image."""
+        import torch
+
         pixels = np.asarray(self.view(image))
         values = np.empty((3, *pixels.shape[:2]), np.float32)
         for channel, table in enumerate(self.table):

@@ -4,6 +4,8 @@ Stands beside `index.py` on the data's path: the sampler groups by these lengths
 been counted (`sqllava data index --model`), and by an estimate where not.
 """
 
+from __future__ import annotations
+
 import hashlib
 import logging
 import multiprocessing
@@ -11,14 +13,17 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from sqllava.conversation import Template, get_template
 from sqllava.data.index import RecordIndex
 from sqllava.encoding import encode_record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

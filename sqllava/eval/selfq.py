@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqllava.ask.questioner import question_key
 from sqllava.cli import Parser
-from sqllava.conversation import DESCRIBE_QUESTION, turns_from_record
+from sqllava.conversation import DESCRIBE_QUESTION, question_key, turns_from_record
 from sqllava.data.records import image_names, iter_records
 
 # Marks of a checked question: whether it is of the world's form, whether it is about what is there,

@@ -1,1 +1,6 @@
-"""The model: tower, projector and language model, with the processor that feeds them."""
+"""What a model is: configuration, tower to projector to language model, processor, adapters.
+
+transformers comes first: its import registers the model, which imports the modules beside this one.
+"""
+
+import transformers  # noqa: F401

@@ -19,10 +19,10 @@ from typing import Any, Literal
 import sqllava
 from sqllava.ask.data_engine import SUFFIXES
 from sqllava.ask.questioner import SelfQuestioner, describing
-from sqllava.cli import Parser
 from sqllava.conversation import Turn
 from sqllava.data.images import ImageError, load_image
-from sqllava.generation.writer import Decoding, EncodedImage, Stream
+from sqllava.generation.decoding import Decoding
+from sqllava.generation.writer import EncodedImage, Stream
 
 MOST_QUESTIONS = 8
 MOST_PIXELS = 25_000_000
@@ -258,37 +258,7 @@ def _told() -> Iterator[None]:
         raise gr.Error(str(error) or type(error).__name__) from error
 
 
-# --- the command ----------------------------------------------------------------------------------
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the flags."""
-    parser = Parser(
-        prog="sqllava serve", description="Serves a page to question images with a model."
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="adapter directory or whole model")
-    add("--base", help="language model under an adapter, if not the one it was trained on")
-    add("--vision-tower", help="tower under an adapter, if not the one it was trained on")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    add("--host", default="127.0.0.1", help="address to bind to (default: this machine alone)")
-    add("--port", type=int, default=7860)
-    add("--examples", type=Path, help="a folder whose first images are offered")
-    add("--folder", type=Path, help="for uploaded images (default: a temporary one)")
-    add("--answer-tokens", type=int, default=512, help="longest description and answer")
-    add("--question-tokens", type=int, default=128, help="longest question")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Serves the page until it is interrupted."""
-    args = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio looks whether it is up with it
-    try:
-        serve(args)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+# --- serving ----------------------------------------------------------------------------------
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -1,5 +1,5 @@
 """`python -m sqllava.train --help`."""
 
-from sqllava.train.run import main
+from sqllava.train.cli import main
 
 main()

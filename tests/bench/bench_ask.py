@@ -31,7 +31,7 @@ import sqllava
 from sqllava.ask.questioner import describing
 from sqllava.checkpoint.load import assemble
 from sqllava.conversation import Turn
-from sqllava.generation.writer import Decoding
+from sqllava.generation.decoding import Decoding
 
 METHOD = (
     "CPU time of one process on CPU, wall time elsewhere; both sides get the same description and "
