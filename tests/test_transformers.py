@@ -330,22 +330,39 @@ def test_projector_and_tower_compile_without_graph_breaks(loaded):
     assert torch.allclose(projector(features)[0], expected, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def wide(folder, tmp_path_factory):
+    """A random model of the golden one's form, of widths that bitsandbytes' kernels take: on CPUs
+    with bfloat16 units, multiples of 32 in 4 bits."""
+    config = AutoConfig.from_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    for name, size in sizes.items():
+        setattr(config.text_config, name, size)
+    torch.manual_seed(0)
+    target = tmp_path_factory.mktemp("wide") / "model"
+    AutoModelForImageTextToText.from_config(config).save_pretrained(target)
+    AutoProcessor.from_pretrained(folder).save_pretrained(target)
+    return target
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @torch.no_grad()
-def test_quantised_loading_leaves_tower_projector_and_head_alone(bits, folder, loaded):
+def test_quantised_loading_leaves_tower_projector_and_head_alone(bits, wide):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    model, processor = load(folder, bits=bits, dtype=torch.float32)
+    model, processor = load(wide, bits=bits, dtype=torch.float32)
+    plain, _ = load(wide, dtype=torch.float32)
     kinds = (bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             assert isinstance(module, kinds) == ("language_model" in name), name
-    whole = dict(loaded[0].named_parameters())
+    whole = dict(plain.named_parameters())
     for name, value in model.named_parameters():
         if "language_model" not in name:
             assert torch.equal(value, whole[name])
     inputs = processor(text="USER: <image>\nHi ASSISTANT:", images=image("0.png"))
     close = torch.nn.functional.cosine_similarity(
-        model(**inputs).logits[0, -1], loaded[0](**inputs).logits[0, -1], dim=0
+        model(**inputs).logits[0, -1], plain(**inputs).logits[0, -1], dim=0
     )
     assert close > 0.9
 
