@@ -21,7 +21,7 @@ from sqllava.data.images import load_image, resolve_image
 from sqllava.data.index import RecordIndex
 from sqllava.data.lengths import Measure, known_lengths
 from sqllava.data.records import RecordError, check_record, describe, image_names
-from sqllava.encoding import IGNORE_INDEX, Encoded, encode_record, image_token_id
+from sqllava.encoding import IGNORE_INDEX, encode_record, image_token_id
 
 BadSamples = Literal["fail", "skip", "replace"]
 
@@ -49,6 +49,7 @@ class Sample:
         index: the number of the record that was asked for.
         dropped_turns: turns left out, or cut, to fit the maximum length.
         skipped: why the record could not be used, if it could not.
+        images: the names of the images in pixel_values.
     """
 
     input_ids: torch.Tensor
@@ -57,6 +58,7 @@ class Sample:
     index: int
     dropped_turns: int = 0
     skipped: str | None = None
+    images: tuple[str, ...] = ()
 
 
 class InstructionDataset(Dataset[Sample]):
@@ -108,6 +110,8 @@ class InstructionDataset(Dataset[Sample]):
         self.seed = seed
         self.bad_samples = bad_samples
         self.jpeg_draft = jpeg_draft
+        # The images read last: records about one image come one after another where rows share it.
+        self._last: tuple[tuple[str, ...], torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -143,6 +147,16 @@ class InstructionDataset(Dataset[Sample]):
         return np.minimum(lengths, self.max_length or np.iinfo(np.int32).max).astype(np.int32)
 
     @property
+    def image_keys(self) -> np.ndarray:
+        """Which records are about the same images, int64 [records]; 0 without an image."""
+        return self.index.image_keys
+
+    @property
+    def image_counts(self) -> np.ndarray:
+        """Images of each record, int16 [records]."""
+        return self.index.images
+
+    @property
     def has_image(self) -> np.ndarray:
         """Which records have an image, bool [records]."""
         return self.index.images > 0
@@ -160,7 +174,10 @@ class InstructionDataset(Dataset[Sample]):
                 self.image_tokens,
                 self.max_length,
             )
-            pixel_values = self._images(record, encoded)
+            # Turns dropped for their length take their images along.
+            placeholders = encoded.input_ids.count(image_token_id(self.tokenizer))
+            names = tuple(image_names(record)[: placeholders // self.image_tokens])
+            pixel_values = self._images(names) if names else None
         except ValueError as error:
             reason = describe(record, self.index.source, key.index, error)
             raise RecordError(reason) from error
@@ -170,19 +187,19 @@ class InstructionDataset(Dataset[Sample]):
             pixel_values,
             key.index,
             encoded.dropped_turns,
+            images=names,
         )
 
-    def _images(self, record: dict[str, Any], encoded: Encoded) -> torch.Tensor | None:
-        # Turns dropped for their length take their images along.
-        placeholders = encoded.input_ids.count(image_token_id(self.tokenizer))
-        names = image_names(record)[: placeholders // self.image_tokens]
-        if not names:
-            return None
+    def _images(self, names: tuple[str, ...]) -> torch.Tensor:
+        if self._last is not None and self._last[0] == names:
+            return self._last[1]
         if self.image_folder is None:
             raise ValueError(f"needs image {names[0]!r}, but no image folder is given")
         paths = [resolve_image(self.image_folder, name) for name in names]
         images = [load_image(path, draft=self.jpeg_draft) for path in paths]
-        return torch.stack([self.prepare_image(image) for image in images])
+        pixel_values = torch.stack([self.prepare_image(image) for image in images])
+        self._last = names, pixel_values
+        return pixel_values
 
     def _blank(self, key: SampleKey, reason: str) -> Sample:
         token = self.tokenizer.bos_token_id

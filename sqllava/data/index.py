@@ -11,7 +11,7 @@ import logging
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
@@ -27,13 +27,20 @@ from sqllava.data.records import image_names, iter_with_text
 logger = logging.getLogger(__name__)
 
 _FOLDER = ".sqllava"
-_VERSION = 1
+_VERSION = 2
 _BATCH_RECORDS = 2048
 _BATCH_CHARACTERS = 4 << 20
 _READS_MAPPED = 64
 # The whole record is kept as JSON text: one call reads it back, further fields survive, and a
 # record of the wrong shape stays readable, for the dataset to deal with.
-_SCHEMA = pa.schema([("record", pa.string()), ("characters", pa.int32()), ("images", pa.int16())])
+_SCHEMA = pa.schema(
+    [
+        ("record", pa.string()),
+        ("characters", pa.int32()),
+        ("images", pa.int16()),
+        ("image_key", pa.int64()),
+    ]
+)
 
 
 class RecordIndex:
@@ -88,6 +95,12 @@ class RecordIndex:
     def images(self) -> np.ndarray:
         """Images of each record, int16 [records]."""
         return self._column("images")
+
+    @cached_property
+    def image_keys(self) -> np.ndarray:
+        """A hash of each record's image names, int64 [records]: the same for records about the same
+        images, 0 for those without."""
+        return self._column("image_key")
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
@@ -171,7 +184,7 @@ def _build(source: Path, target: Path) -> None:
 
 def _iter_batches(source: Path) -> Iterator[pa.RecordBatch]:
     """Packs records into batches of bounded size, so that memory stays flat."""
-    rows: list[tuple[str, int, int]] = []
+    rows: list[tuple[str, int, int, int]] = []
     size = 0
     records = tqdm(iter_with_text(source), f"indexing {source.name}", unit=" records", delay=2)
     for record, text in records:
@@ -184,17 +197,25 @@ def _iter_batches(source: Path) -> Iterator[pa.RecordBatch]:
         yield _to_batch(rows)
 
 
-def _to_batch(rows: list[tuple[str, int, int]]) -> pa.RecordBatch:
+def _to_batch(rows: list[tuple[str, int, int, int]]) -> pa.RecordBatch:
     columns = zip(*rows, strict=True)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
     return pa.record_batch(arrays, schema=_SCHEMA)
 
 
-def _measure(record: Any) -> tuple[int, int]:
-    """Characters and images of a record; (0, 0) for one of the wrong shape."""
+def _measure(record: Any) -> tuple[int, int, int]:
+    """Characters, images and image key of a record; zeros for one of the wrong shape."""
     try:
         characters = sum(len(turn["value"]) for turn in record["conversations"])
-        images = len(image_names(record))
+        names = image_names(record)
     except (ValueError, TypeError, KeyError, IndexError):
-        return 0, 0
-    return min(characters, np.iinfo(np.int32).max), min(images, np.iinfo(np.int16).max)
+        return 0, 0, 0
+    images = min(len(names), np.iinfo(np.int16).max)
+    return min(characters, np.iinfo(np.int32).max), images, _image_key(names)
+
+
+def _image_key(names: Sequence[str]) -> int:
+    if not names:
+        return 0
+    digest = hashlib.blake2b("\0".join(names).encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big", signed=True) or 1

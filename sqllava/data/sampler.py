@@ -1,8 +1,10 @@
-"""The order of samples: global batches of one modality and of like lengths, from seed and epoch.
+"""The order of samples, from seed and epoch: global batches of one modality and of like lengths, or
+global batches that hold the records about an image together.
 
 Stands beside the dataset on the data's path: it sees the index's columns, never a record.
 """
 
+import heapq
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +15,9 @@ from sqllava.data.dataset import SampleKey
 # Records are sorted by length within stretches of this many global batches: enough for batches of
 # like lengths, few enough for other company in the next epoch.
 _BATCHES_SORTED_TOGETHER = 50
+# A step takes at most this many records about one image: enough to read most images once (LLaVA's
+# 665K have three records a COCO image), few enough for a step to hold many images.
+RECORDS_OF_AN_IMAGE = 6
 
 
 class GroupedSampler(Sampler[SampleKey]):
@@ -121,3 +126,69 @@ class GroupedSampler(Sampler[SampleKey]):
 
         first = max(range(len(batches)), key=cost, default=0)
         return batches[first : first + 1] + batches[:first] + batches[first + 1 :]
+
+
+def image_steps(
+    image_keys: np.ndarray, global_batch_size: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """One epoch's optimiser steps: every record once, those about one image in one step.
+
+    A step takes at most RECORDS_OF_AN_IMAGE of one image, further ones go to other steps; only
+    where an image has more than all steps may take so, each takes its share. A step is filled to
+    the last place, so records of an image may also be parted at its end. All else is random.
+
+    Args:
+        image_keys: the same for records about the same images, 0 for a record that shares nothing;
+            int64 [records].
+        global_batch_size: records of a step; what is left makes a smaller one, the last.
+
+    Returns:
+        Record numbers, one array a step.
+    """
+    count = len(image_keys)
+    sizes = np.full(-(-count // global_batch_size), global_batch_size)
+    sizes[-1] -= sizes.sum() - count
+    order = rng.permutation(count)
+    _, family, members = np.unique(image_keys[order], return_inverse=True, return_counts=True)
+    alone = (image_keys[order] == 0) | (members[family] == 1)
+    step_of = np.empty(count, dtype=np.int64)  # by place in `order`
+    together = np.flatnonzero(~alone)
+    together = together[np.argsort(family[together], kind="stable")]
+    borders = np.flatnonzero(np.diff(family[together])) + 1
+    groups = np.split(together, borders) if len(together) else []
+    room = _place(groups, sizes, step_of, rng)
+    step_of[alone] = np.repeat(np.arange(len(sizes)), room)
+    by_step = order[np.argsort(step_of, kind="stable")]
+    return np.split(by_step, np.cumsum(sizes)[:-1])
+
+
+def _place(
+    groups: list[np.ndarray], sizes: np.ndarray, step_of: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Gives each group's members a step in `step_of`; returns the places that are left in each."""
+    room = sizes.tolist()
+    whole = max(int((sizes == sizes[0]).sum()), 1)
+    shuffled = [groups[i] for i in rng.permutation(len(groups))]
+    # The largest first, while many steps have room for them; the others stay shuffled.
+    shuffled.sort(key=lambda group: -max(len(group), RECORDS_OF_AN_IMAGE))
+    draws = iter(rng.random(len(room) + sum(map(len, groups))).tolist())
+    # Always the step with the most room, by lot among equals.
+    heap = [(-places, next(draws), step) for step, places in enumerate(room)]
+    heapq.heapify(heap)
+    for group in shuffled:
+        limit = max(RECORDS_OF_AN_IMAGE, -(-len(group) // whole))
+        taken = []
+        while len(group):
+            if not heap or not room[heap[0][2]]:  # no further step has room for this image
+                heap = [(-room[step], draw, step) for _, draw, step in heap + taken]
+                heapq.heapify(heap)
+                taken = []
+            places, draw, step = heapq.heappop(heap)
+            some = min(limit, room[step], len(group))
+            step_of[group[:some]] = step
+            group = group[some:]
+            room[step] -= some
+            taken.append((places, draw, step))
+        for _, _, step in taken:
+            heapq.heappush(heap, (-room[step], next(draws), step))
+    return np.asarray(room)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
@@ -28,8 +27,10 @@ from transformers.models.llava.modeling_llava import (
 )
 
 from sqllava.encoding import IGNORE_INDEX
+from sqllava.model.attention import Row, predictors, row_arguments
 from sqllava.model.card import model_card
 from sqllava.model.config import SQLlavaConfig
+from sqllava.model.loss import head_loss, with_loss
 from sqllava.model.projector import PrototypeExtractor, build_projector
 
 
@@ -110,6 +111,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         blank_image: bool = False,
+        row: Row | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
         """Runs the model up to the last hidden state.
@@ -120,9 +122,12 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
             mm_encoder_outputs: {"image": result of `get_image_features`}, in place of pixels.
             blank_image: without images, still run one blank image through the tower and the
                 projector with weight zero, so that all ranks run the same modules (ZeRO-3, DDP).
+            row: the lengths of the trunks and branches that `input_ids` [1, S] holds one after
+                another; they see nothing of each other. In place of attention_mask, position_ids.
 
         Raises:
-            ValueError: images and placeholders do not match in number.
+            ValueError: images and placeholders do not match in number, or the row does not suit
+                the ids or the attention (see `row_arguments`).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -148,12 +153,13 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
         if blank is not None:
             inputs_embeds = inputs_embeds + 0.0 * blank.sum().to(inputs_embeds)
 
+        if row is None:
+            kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        else:
+            attention = self.language_model.config._attn_implementation
+            kwargs |= row_arguments(row, attention, inputs_embeds)
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
+            inputs_embeds=inputs_embeds, past_key_values=past_key_values, **kwargs
         )
         return LlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -203,7 +209,7 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
         if lm_head is None:
             text = config.text_config
             lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.lm_head = lm_head
+        self.lm_head = with_loss(lm_head)
         self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -230,6 +236,7 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        row: Row | None = None,
         **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:
         """Runs the model; see `SQLlavaModel.forward`.
@@ -242,6 +249,8 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
             num_items_in_batch: labelled tokens of the whole optimiser step; the loss is the sum
                 over this batch divided by it, so that every token weighs the same however the
                 step is cut into micro-batches. None divides by this batch's own.
+            row: see `SQLlavaModel.forward`. The first label of a branch is predicted by the last
+                token of its trunk; the first of a trunk is not learned.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -252,12 +261,13 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             blank_image=labels is not None,
+            row=row,
             **kwargs,
         )
         hidden = outputs.last_hidden_state  # [B, S, d]
         loss = logits = None
         if labels is not None:
-            loss = self._loss(hidden, labels, num_items_in_batch)
+            loss = self._loss(hidden, labels, num_items_in_batch, row)
         else:
             last = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -273,11 +283,19 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
         )
 
     def _loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        items: torch.Tensor | int | None,
+        row: Row | None,
     ) -> torch.Tensor:
-        targets = labels[:, 1:]  # [B, S - 1]: position i predicts token i + 1
-        labelled = targets != IGNORE_INDEX
-        targets = targets[labelled]  # [T]
-        logits = self.lm_head(hidden[:, :-1][labelled])  # [T, V]
-        total = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+        if row is None:
+            targets = labels[:, 1:]  # [B, S - 1]: position i predicts token i + 1
+            labelled = targets != IGNORE_INDEX
+            states, targets = hidden[:, :-1][labelled], targets[labelled]  # [T, d], [T]
+        else:
+            places = predictors(row).to(labels.device)  # [S]
+            labelled = (labels[0] != IGNORE_INDEX) & (places >= 0)
+            states, targets = hidden[0, places[labelled]], labels[0, labelled]  # [T, d], [T]
+        total = head_loss(self.lm_head, states, targets)
         return total / (items if items is not None else max(len(targets), 1))
