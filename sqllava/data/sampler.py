@@ -177,7 +177,7 @@ def _place(
     heapq.heapify(heap)
     for group in shuffled:
         limit = max(RECORDS_OF_AN_IMAGE, -(-len(group) // whole))
-        taken = []
+        taken: list[tuple[float, float, int]] = []
         while len(group):
             if not heap or not room[heap[0][2]]:  # no further step has room for this image
                 heap = [(-room[step], draw, step) for _, draw, step in heap + taken]

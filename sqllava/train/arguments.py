@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -16,7 +16,7 @@ from sqllava.conversation import TEMPLATES
 from sqllava.model.adapters import Lora, Training
 from sqllava.model.processor import ASPECT_RATIOS
 from sqllava.model.projector import build_projector
-from sqllava.train.flags import DataArguments, ModelArguments, RecipeArguments
+from sqllava.train.flags import DataArguments, ModelArguments, Pack, RecipeArguments
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,11 @@ class Arguments:
         if self.data.sq_r is not None:
             return self.data.sq_r
         return 0.3 if TEMPLATES[self.model.version].self_questions else 0.0
+
+    @property
+    def pack(self) -> Pack:
+        """How records are packed, with its default."""
+        return self.data.pack or ("rows" if self.model.tune_mm_mlp_adapter else "shared")
 
     @property
     def training(self) -> Training:
@@ -185,6 +190,9 @@ def _training_faults(arguments: Arguments) -> list[str]:
         faults.append(f"--bits {train.bits} needs --lora_enable True")
     elif train.bits < 16 and zero_stage(train) == 3:
         faults.append(f"--bits {train.bits} cannot be partitioned by ZeRO-3; use zero2.json")
+    dispatch = cast(Any, train.accelerator_config)
+    if arguments.pack != "off" and (dispatch.split_batches or dispatch.dispatch_batches):
+        faults.append("--accelerator_config splits or dispatches batches, which needs --pack off")
     if train.fp16 and not train.deepspeed:
         faults.append("--fp16 needs --deepspeed with loss scaling; prefer --bf16 True")
     if train.eval_strategy != "no" and not arguments.data.eval_data_path:
@@ -206,6 +214,13 @@ def report_meaningless(arguments: Arguments) -> None:
     """Says once which given flags no longer have a meaning."""
     if not arguments.data.lazy_preprocess:
         logger.warning("--lazy_preprocess False has no effect: records are always read lazily")
+    train, pack = arguments.train, arguments.pack
+    if pack != "off" and (train.group_by_length or train.group_by_modality_length):
+        logger.warning(
+            "--group_by_length and --group_by_modality_length have no effect: with --pack %s there "
+            "is no padding, and ranks are level whatever their records (--pack off groups)",
+            pack,
+        )
     if arguments.data.data_aug:
         logger.warning("--data_aug True has no effect: the recipe has no augmentation")
     if arguments.model.mm_use_im_patch_token:

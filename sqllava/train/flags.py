@@ -5,6 +5,8 @@ from typing import Literal
 
 from sqllava.conversation import TEMPLATES
 
+Pack = Literal["off", "rows", "shared"]
+
 
 @dataclass
 class ModelArguments:
@@ -54,8 +56,9 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "sdpa, flash_attention_2 or eager. By default FlashAttention 2 where the GPU, "
-            "the dtype and an installed flash-attn allow it, else sdpa."
+            "help": "sdpa, flash_attention_2, flex_attention or eager. By default what suits "
+            "--pack and is there: on a GPU FlexAttention for rows that share images, "
+            "FlashAttention 2 for other rows and rectangles; else sdpa."
         },
     )
 
@@ -77,6 +80,16 @@ class DataArguments:
         metadata={
             "help": "Share of later human turns that the model learns to ask; for v1_sq, where it "
             "is 0.3 by default (the recipe has 0.5)."
+        },
+    )
+    pack: Pack | None = field(
+        default=None,
+        metadata={
+            "help": "How records stand in a micro-batch: rows, one after another without padding, "
+            "dealt out to ranks and micro-batches by cost; shared, rows in which records about one "
+            "image read it once; off, padded rectangles. The batch size is the average number of "
+            "records in a row, so the global batch is the same. By default shared, and rows in "
+            "stage 1."
         },
     )
     bad_samples: Literal["fail", "skip", "replace"] = field(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers import enable_full_determinism, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
 
 from sqllava.checkpoint.load import assemble, quantization
 from sqllava.checkpoint.published import SELECT_FEATURES
@@ -28,6 +28,7 @@ from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset
 from sqllava.data.images import ImagePreparer
 from sqllava.data.index import open_index
+from sqllava.encoding import image_token_id
 from sqllava.model.adapters import (
     apply_adapter,
     is_first_rank,
@@ -45,6 +46,13 @@ from sqllava.train.arguments import (
 )
 from sqllava.train.audit import GradientAudit
 from sqllava.train.optim import learning_rates
+from sqllava.train.rows import (
+    Attentions,
+    RowCollator,
+    choose_attention,
+    costs_of,
+    image_cost,
+)
 from sqllava.train.trainer import (
     SQLlavaTrainer,
     last_complete_checkpoint,
@@ -162,11 +170,12 @@ def build_model(
         {"centres": flags.num_latents} if flags.mm_projector_type.startswith("cluster") else {}
     )
     dtype = _dtype(arguments)
+    attention = _attention(arguments, dtype)
     model, processor = assemble(
         flags.model_name_or_path,
         cast(str, flags.vision_tower),
         dtype=dtype,
-        attn_implementation=flags.attn_implementation or _attention(dtype),
+        attn_implementation=attention.tower,
         quantization_config=quantization(train.bits, dtype),
         select_layer=flags.mm_vision_select_layer,
         projector_type=flags.mm_projector_type,
@@ -175,6 +184,7 @@ def build_model(
         conversation_template=flags.version,
         vision_feature_select_strategy=SELECT_FEATURES[flags.mm_vision_select_feature],
     )
+    model.model.language_model.set_attn_implementation(attention.language_model)
     model.config.use_cache = False
     if train.activation_checkpointing:
         model.activation_checkpointing_enable(train.activation_checkpointing_kwargs)
@@ -190,9 +200,28 @@ def _dtype(arguments: Arguments) -> torch.dtype:
     return torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else torch.float32
 
 
-def _attention(dtype: torch.dtype) -> str:
-    usable = is_flash_attn_2_available() and torch.cuda.is_available() and dtype != torch.float32
-    return "flash_attention_2" if usable else "sdpa"
+def _attention(arguments: Arguments, dtype: torch.dtype) -> Attentions:
+    """Chooses the attention, and says which.
+
+    Raises:
+        ValueError: what was asked for cannot run the rows that were asked for.
+    """
+    train, pack = arguments.train, arguments.pack
+    if pack != "off" and train.n_gpu > 1:
+        raise ValueError(
+            f"--pack {pack} needs a process for each of the {train.n_gpu} GPUs: start with "
+            "deepspeed or torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    device = train.device.type
+    attention = choose_attention(
+        arguments.model.attn_implementation,
+        pack,
+        device,
+        is_flash_attn_2_available() and device == "cuda" and dtype != torch.float32,
+        is_torch_flex_attn_available(),
+    )
+    logger.info("--pack %s; attention: %s", pack, " and ".join(dict.fromkeys(attention)))
+    return attention
 
 
 def build_dataset(
@@ -266,16 +295,23 @@ def build_trainer(
     audit: GradientAudit,
 ) -> SQLlavaTrainer:
     """The trainer, with a validation set if there is one."""
-    held_out = arguments.data.eval_data_path
+    held_out, pack = arguments.data.eval_data_path, arguments.pack
+    costs = None
+    collator: Collator | RowCollator = Collator(processor.tokenizer.pad_token_id)
+    if pack != "off":
+        costs = costs_of(dataset, pack, image_cost(trained, processor.image_tokens))
+        image_id = image_token_id(processor.tokenizer)
+        collator = RowCollator(image_id, processor.tokenizer.pad_token_id, pack == "shared")
     return SQLlavaTrainer(
         model=trained,
         args=arguments.train,
         train_dataset=dataset,
         eval_dataset=build_dataset(arguments, held_out, processor) if held_out else None,
-        data_collator=Collator(processor.tokenizer.pad_token_id),
+        data_collator=collator,
         processing_class=processor,
         audit=audit,
         max_bad_samples=arguments.data.max_bad_samples,
+        costs=costs,
     )
 
 

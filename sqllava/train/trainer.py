@@ -11,8 +11,15 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from sqllava.data.dataset import InstructionDataset
@@ -21,12 +28,23 @@ from sqllava.model.adapters import adapter_state, save_adapter
 from sqllava.train.arguments import TrainArguments
 from sqllava.train.audit import GradientAudit
 from sqllava.train.optim import build_param_groups
+from sqllava.train.rows import Costs, RowSampler
 
 logger = logging.getLogger(__name__)
 
 # Written into a checkpoint when everything else in it is on disk; without it, it does not count.
 COMPLETE = "complete"
-_COUNTED = ("tokens", "padding", "supervised", "images", "dropped_turns")
+# By the collators. Tokens are those of the records; computed are those that the model runs, padding
+# included, and images those that the tower runs, each once where records share it.
+_COUNTED = (
+    "tokens",
+    "computed",
+    "padding",
+    "supervised",
+    "images",
+    "images_of_records",
+    "dropped_turns",
+)
 
 
 class TooManyBadSamplesError(RuntimeError):
@@ -39,14 +57,26 @@ class SQLlavaTrainer(Trainer):
     Args:
         audit: the step-one audit.
         max_bad_samples: skipped or replaced samples, over all ranks, at which the run stops.
+        costs: of the training records, to deal them out as rows, which the collator must make;
+            None for rectangles.
     """
 
     args: TrainArguments
     train_dataset: InstructionDataset
 
-    def __init__(self, *, audit: GradientAudit, max_bad_samples: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        audit: GradientAudit,
+        max_bad_samples: int,
+        costs: Costs | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(callbacks=[audit], **kwargs)
         self.audit = audit
+        self.costs = costs
+        self._order: GroupedSampler | RowSampler | None = None
+        self.add_callback(_EpochOrder(self))
         self.max_bad_samples = max_bad_samples
         self.counts: Counter[str] = Counter()
         self.bad_samples = 0
@@ -54,10 +84,35 @@ class SQLlavaTrainer(Trainer):
         self._named: set[int] = set()
         self._last_log = time.monotonic()
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Rectangles by the sampler below, or rows by a batch sampler."""
+        if self.costs is None:
+            return super().get_train_dataloader()
+        args = self.args
+        self._order = RowSampler(
+            self.costs,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.world_size,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            budget=args.per_device_train_batch_size * args.model_max_length,
+            drop_last=args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._order,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return cast(DataLoader, self.accelerator.prepare(loader))
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         args = self.args
         micro = args.per_device_train_batch_size
-        return GroupedSampler(
+        self._order = GroupedSampler(
             self.train_dataset.lengths,
             self.train_dataset.has_image,
             micro,
@@ -66,6 +121,7 @@ class SQLlavaTrainer(Trainer):
             group_by_length=args.group_by_length or args.group_by_modality_length,
             group_by_modality=args.group_by_modality_length,
         )
+        return self._order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or --optim) over `build_param_groups`."""
@@ -122,8 +178,11 @@ class SQLlavaTrainer(Trainer):
             "tokens_per_second": round(total["tokens"] / self._seconds_since_log(), 1),
             "padding_share": round(total["padding"] / (tokens + total["padding"]), 4),
             "supervised_share": round(total["supervised"] / tokens, 4),
+            "computed_share": round(total["computed"] / tokens, 4),
             "images": total["images"],
         }
+        if total["images_of_records"]:
+            logs["images_share"] = round(total["images"] / total["images_of_records"], 4)
         optional = {"dropped_turns": total["dropped_turns"], "bad_samples": self.bad_samples}
         return logs | {name: value for name, value in optional.items() if value}
 
@@ -170,6 +229,28 @@ class SQLlavaTrainer(Trainer):
             rotate_checkpoints(
                 str(folder), limit, best_model_checkpoint=self.state.best_model_checkpoint
             )
+
+
+class _EpochOrder(TrainerCallback):
+    """Tells the sampler its epoch.
+
+    accelerate does so, but not through the shards of a run of several ranks that resumes within an
+    epoch: that would go on in the order of the first.
+    """
+
+    def __init__(self, trainer: SQLlavaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Before the loader of the epoch is asked for its first batch."""
+        if self.trainer._order is not None:
+            self.trainer._order.set_epoch(int(state.epoch or 0))
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
