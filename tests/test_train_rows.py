@@ -23,9 +23,9 @@ from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.train.rows import (
     Attentions,
-    Costs,
     RowCollator,
     RowSampler,
+    Sizes,
     choose_attention,
     deal,
     image_cost,
@@ -389,14 +389,14 @@ def test_a_row_without_samples_has_a_token_that_teaches_nothing():
 
 @st.composite
 def epochs(draw):
-    """Costs of random records, 1 to 40 about an image."""
+    """Sizes of random records, 1 to 40 about an image."""
     seed = draw(st.integers(0, 1000))
     rng = np.random.default_rng(seed)
     count = draw(st.integers(1, 300))
     images = draw(st.sampled_from([1, 3, 40, 300]))
     keys = rng.integers(1, images + 1, count)
     keys[rng.random(count) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = 0
-    return Costs(
+    return Sizes(
         lengths=rng.integers(1, 900, count) + 576 * (keys > 0),
         images=(keys > 0).astype(np.int16),
         keys=draw(st.sampled_from([keys, None])),
@@ -407,14 +407,14 @@ def epochs(draw):
 
 @RELAXED
 @given(epochs(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2))
-def test_every_record_comes_once_and_ranks_have_as_many_rows(costs, batch, accumulation, ranks, n):
-    sampler = RowSampler(costs, batch, accumulation, ranks, seed=1)
+def test_every_record_comes_once_and_ranks_have_as_many_rows(sizes, batch, accumulation, ranks, n):
+    sampler = RowSampler(sizes, batch, accumulation, ranks, seed=1)
     sampler.set_epoch(n)
     shards = [list(BatchSamplerShard(sampler, ranks, rank)) for rank in range(ranks)]
     assert len({len(shard) for shard in shards}) == 1
     assert len(sampler) == sum(map(len, shards)) == len(list(sampler))
     keys = [key for shard in shards for row in shard for key in row]
-    assert sorted(key.index for key in keys) == list(range(len(costs)))
+    assert sorted(key.index for key in keys) == list(range(len(sizes)))
     assert {key.epoch for key in keys} == {n}
     steps = sampler.steps(n)
     for number, step in enumerate(steps):
@@ -426,33 +426,33 @@ def test_every_record_comes_once_and_ranks_have_as_many_rows(costs, batch, accum
 
 @RELAXED
 @given(epochs(), st.integers(1, 4), st.integers(1, 3))
-def test_a_step_holds_the_same_records_on_any_number_of_ranks(costs, batch, ranks):
-    several = RowSampler(costs, batch, 2, ranks).steps(1)
-    one = RowSampler(costs, batch * ranks * 2, 1, 1).steps(1)
+def test_a_step_holds_the_same_records_on_any_number_of_ranks(sizes, batch, ranks):
+    several = RowSampler(sizes, batch, 2, ranks).steps(1)
+    one = RowSampler(sizes, batch * ranks * 2, 1, 1).steps(1)
     assert [step.tolist() for step in several] == [step.tolist() for step in one]
 
 
 @RELAXED
 @given(epochs(), st.integers(1, 3), st.integers(1, 3))
-def test_incomplete_micro_batches_are_dropped_on_demand(costs, batch, ranks):
-    sampler = RowSampler(costs, batch, 2, ranks, drop_last=True)
+def test_incomplete_micro_batches_are_dropped_on_demand(sizes, batch, ranks):
+    sampler = RowSampler(sizes, batch, 2, ranks, drop_last=True)
     found = [key.index for row in sampler for key in row]
-    assert len(found) == len(set(found)) == len(costs) // (batch * ranks) * batch * ranks
+    assert len(found) == len(set(found)) == len(sizes) // (batch * ranks) * batch * ranks
     assert len(list(sampler)) == len(sampler)
 
 
 @RELAXED
 @given(epochs(), st.sampled_from([4, 8, 32]), st.integers(0, 5))
-def test_a_step_takes_no_more_of_an_image_than_it_may(costs, size, seed):
-    if costs.keys is None:
+def test_a_step_takes_no_more_of_an_image_than_it_may(sizes, size, seed):
+    if sizes.keys is None:
         return
-    steps = image_steps(costs.keys, size, np.random.default_rng(seed))
+    steps = image_steps(sizes.keys, size, np.random.default_rng(seed))
     whole = max(sum(len(step) == size for step in steps), 1)
-    _, counts = np.unique(costs.keys[costs.keys > 0], return_counts=True)
+    _, counts = np.unique(sizes.keys[sizes.keys > 0], return_counts=True)
     if counts.max(initial=0) > RECORDS_OF_AN_IMAGE * whole // 2:
         return  # such an image must take its share of every step
     for step in steps:
-        keys = costs.keys[step]
+        keys = sizes.keys[step]
         _, found = np.unique(keys[keys > 0], return_counts=True)
         assert found.max(initial=0) <= RECORDS_OF_AN_IMAGE
 
@@ -471,27 +471,27 @@ def test_records_about_an_image_come_in_one_step():
 
 def test_steps_differ_by_seed_and_epoch_and_keep_other_company():
     keys = np.repeat(np.arange(1, 101), 2)
-    costs = Costs(np.full(200, 700), np.ones(200, np.int16), keys, 576, 100.0)
-    epochs = [{frozenset(s.tolist()) for s in RowSampler(costs, 8, 1, 1).steps(n)} for n in (0, 1)]
+    sizes = Sizes(np.full(200, 700), np.ones(200, np.int16), keys, 576, 100.0)
+    epochs = [{frozenset(s.tolist()) for s in RowSampler(sizes, 8, 1, 1).steps(n)} for n in (0, 1)]
     assert not epochs[0] & epochs[1]
-    others = {frozenset(s.tolist()) for s in RowSampler(costs, 8, 1, 1, seed=1).steps(0)}
+    others = {frozenset(s.tolist()) for s in RowSampler(sizes, 8, 1, 1, seed=1).steps(0)}
     assert not epochs[0] & others
 
 
 def test_rows_of_a_step_have_like_costs():
     rng = np.random.default_rng(0)
     lengths = rng.integers(600, 1600, 128)
-    costs = Costs(lengths, np.ones(128, np.int16), None, 576, 100.0)
-    sums = [lengths[row].sum() for row in deal(range(128), costs, 8, None)]
+    sizes = Sizes(lengths, np.ones(128, np.int16), None, 576, 100.0)
+    sums = [lengths[row].sum() for row in deal(range(128), sizes, 8, None)]
     assert max(sums) < 1.05 * min(sums)
     assert sums == sorted(sums, reverse=True)
 
 
 def test_an_image_with_too_many_tokens_for_a_row_is_read_in_several():
-    costs = Costs(np.full(6, 1576), np.ones(6, np.int16), np.ones(6, np.int64), 576, 100.0)
-    assert sorted(map(len, deal(range(6), costs, 3, None))) == [0, 0, 6]
+    sizes = Sizes(np.full(6, 1576), np.ones(6, np.int16), np.ones(6, np.int64), 576, 100.0)
+    assert sorted(map(len, deal(range(6), sizes, 3, None))) == [0, 0, 6]
     # 576 + 2 * 1000 tokens stand in 3000, one more record does not.
-    assert sorted(map(len, deal(range(6), costs, 3, 3000))) == [2, 2, 2]
+    assert sorted(map(len, deal(range(6), sizes, 3, 3000))) == [2, 2, 2]
 
 
 def test_an_image_costs_its_share_of_the_model():

@@ -10,7 +10,7 @@ import heapq
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +22,13 @@ from sqllava.data.sampler import image_steps
 from sqllava.encoding import IGNORE_INDEX
 from sqllava.model.adapters import part_of
 from sqllava.model.attention import BY_PIECES, Row
+from sqllava.train.flags import Pack
 
 logger = logging.getLogger(__name__)
 
-Pack = Literal["off", "rows", "shared"]
-
 
 @dataclass(frozen=True)
-class Costs:
+class Sizes:
     """What is known of records before they are read.
 
     Attributes:
@@ -60,7 +59,7 @@ class _Unit:
     cost: float
 
 
-def deal(numbers: Sequence[int], costs: Costs, rows: int, budget: int | None) -> list[list[int]]:
+def deal(numbers: Sequence[int], sizes: Sizes, rows: int, budget: int | None) -> list[list[int]]:
     """Deals records out to rows of like cost, those about one image to one row.
 
     Args:
@@ -70,7 +69,7 @@ def deal(numbers: Sequence[int], costs: Costs, rows: int, budget: int | None) ->
     Returns:
         As many lists of record numbers as rows, the costliest first; some may be empty.
     """
-    units = sorted(_units(numbers, costs, budget), key=lambda unit: -unit.cost)
+    units = sorted(_units(numbers, sizes, budget), key=lambda unit: -unit.cost)
     heap: list[tuple[float, int]] = [(0.0, row) for row in range(rows)]
     dealt: list[list[int]] = [[] for _ in range(rows)]
     for unit in units:
@@ -80,14 +79,14 @@ def deal(numbers: Sequence[int], costs: Costs, rows: int, budget: int | None) ->
     return [dealt[row] for _, row in sorted(heap, key=lambda entry: (-entry[0], entry[1]))]
 
 
-def _units(numbers: Sequence[int], costs: Costs, budget: int | None) -> Iterator[_Unit]:
+def _units(numbers: Sequence[int], sizes: Sizes, budget: int | None) -> Iterator[_Unit]:
     open_units: dict[int, _Unit] = {}
     for number in numbers:
-        images = int(costs.images[number])
-        length = max(int(costs.lengths[number]), 1)
-        key = int(costs.keys[number]) if costs.keys is not None else 0
+        images = int(sizes.images[number])
+        length = max(int(sizes.lengths[number]), 1)
+        key = int(sizes.keys[number]) if sizes.keys is not None else 0
         unit = open_units.get(key) if key else None
-        more = max(length - images * costs.image_tokens, 1)  # behind the trunk
+        more = max(length - images * sizes.image_tokens, 1)  # behind the trunk
         if unit is not None and (budget is None or unit.tokens + more <= budget):
             unit.numbers.append(number)
             unit.tokens += more
@@ -95,7 +94,7 @@ def _units(numbers: Sequence[int], costs: Costs, budget: int | None) -> Iterator
             continue
         if unit is not None:
             yield unit
-        unit = _Unit([number], length, length + images * costs.image_cost)
+        unit = _Unit([number], length, length + images * sizes.image_cost)
         if key:
             open_units[key] = unit
         else:
@@ -112,7 +111,7 @@ class RowSampler(Sampler[list[SampleKey]]):
     batch; which records make up a step depends on neither ranks nor accumulation.
 
     Args:
-        costs: of all records.
+        sizes: of all records.
         batch_size: records that a micro-batch has on average.
         accumulation: micro-batches of a step on each rank.
         ranks: their number.
@@ -123,7 +122,7 @@ class RowSampler(Sampler[list[SampleKey]]):
 
     def __init__(
         self,
-        costs: Costs,
+        sizes: Sizes,
         batch_size: int,
         accumulation: int,
         ranks: int,
@@ -131,15 +130,15 @@ class RowSampler(Sampler[list[SampleKey]]):
         budget: int | None = None,
         drop_last: bool = False,
     ) -> None:
-        if min(batch_size, accumulation, ranks, len(costs)) < 1:
+        if min(batch_size, accumulation, ranks, len(sizes)) < 1:
             raise ValueError(
-                f"found {len(costs)} records, {batch_size} in a micro-batch, {accumulation} "
+                f"found {len(sizes)} records, {batch_size} in a micro-batch, {accumulation} "
                 f"micro-batches in a step, {ranks} ranks: each must be at least 1"
             )
-        self.costs, self.ranks, self.seed, self.budget = costs, ranks, seed, budget
+        self.sizes, self.ranks, self.seed, self.budget = sizes, ranks, seed, budget
         self.at_once = batch_size * ranks  # records of one micro-batch over all ranks
         self.global_batch_size = self.at_once * accumulation
-        count = len(costs)
+        count = len(sizes)
         self.used = count // self.at_once * self.at_once if drop_last else count
         self.epoch = 0
 
@@ -150,7 +149,7 @@ class RowSampler(Sampler[list[SampleKey]]):
         epoch = self.epoch
         for step in self.steps(epoch):
             rows = -(-len(step) // self.at_once) * self.ranks
-            for row in deal(step.tolist(), self.costs, rows, self.budget):
+            for row in deal(step.tolist(), self.sizes, rows, self.budget):
                 yield [SampleKey(epoch, number) for number in row]
 
     def set_epoch(self, epoch: int) -> None:
@@ -161,10 +160,10 @@ class RowSampler(Sampler[list[SampleKey]]):
         """The records of each step, the costliest whole step first: memory that does not suffice
         shows at once, and every part that trains gets a gradient in the first step."""
         rng = np.random.default_rng([self.seed, epoch])
-        keys = self.costs.keys
-        keys = np.zeros(len(self.costs), dtype=np.int64) if keys is None else keys
+        keys = self.sizes.keys
+        keys = np.zeros(len(self.sizes), dtype=np.int64) if keys is None else keys
         steps = image_steps(keys, self.global_batch_size, rng)
-        last = len(steps[-1]) - (len(self.costs) - self.used)
+        last = len(steps[-1]) - (len(self.sizes) - self.used)
         steps[-1] = rng.permutation(steps[-1])[:last]
         whole = range(sum(len(step) == self.global_batch_size for step in steps))
         first = max(whole, key=lambda number: self._cost(steps[number]), default=0)
@@ -172,8 +171,8 @@ class RowSampler(Sampler[list[SampleKey]]):
         return [step for step in steps if len(step)]
 
     def _cost(self, step: np.ndarray) -> tuple[bool, int]:
-        lengths = self.costs.lengths[step].astype(np.int64)
-        return bool(self.costs.images[step].any()), int(lengths.sum())
+        lengths = self.sizes.lengths[step].astype(np.int64)
+        return bool(self.sizes.images[step].any()), int(lengths.sum())
 
 
 def image_cost(model: nn.Module, image_tokens: int) -> float:
@@ -186,9 +185,9 @@ def image_cost(model: nn.Module, image_tokens: int) -> float:
     return image_tokens * sizes["vision tower"] / max(sizes["language model"], 1)
 
 
-def costs_of(dataset: InstructionDataset, pack: Pack, image_cost: float) -> Costs:
-    """The costs of a data set's records, from its index."""
-    return Costs(
+def sizes_of(dataset: InstructionDataset, pack: Pack, image_cost: float) -> Sizes:
+    """The sizes of a data set's records, from its index."""
+    return Sizes(
         np.asarray(dataset.lengths),
         dataset.image_counts,
         dataset.image_keys if pack == "shared" else None,

@@ -50,8 +50,8 @@ from sqllava.train.rows import (
     Attentions,
     RowCollator,
     choose_attention,
-    costs_of,
     image_cost,
+    sizes_of,
 )
 from sqllava.train.trainer import (
     SQLlavaTrainer,
@@ -296,10 +296,10 @@ def build_trainer(
 ) -> SQLlavaTrainer:
     """The trainer, with a validation set if there is one."""
     held_out, pack = arguments.data.eval_data_path, arguments.pack
-    costs = None
+    sizes = None
     collator: Collator | RowCollator = Collator(processor.tokenizer.pad_token_id)
     if pack != "off":
-        costs = costs_of(dataset, pack, image_cost(trained, processor.image_tokens))
+        sizes = sizes_of(dataset, pack, image_cost(trained, processor.image_tokens))
         image_id = image_token_id(processor.tokenizer)
         collator = RowCollator(image_id, processor.tokenizer.pad_token_id, pack == "shared")
     return SQLlavaTrainer(
@@ -311,7 +311,7 @@ def build_trainer(
         processing_class=processor,
         audit=audit,
         max_bad_samples=arguments.data.max_bad_samples,
-        costs=costs,
+        sizes=sizes,
     )
 
 

@@ -28,7 +28,7 @@ from sqllava.model.adapters import adapter_state, save_adapter
 from sqllava.train.arguments import TrainArguments
 from sqllava.train.audit import GradientAudit
 from sqllava.train.optim import build_param_groups
-from sqllava.train.rows import Costs, RowSampler
+from sqllava.train.rows import RowSampler, Sizes
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class SQLlavaTrainer(Trainer):
     Args:
         audit: the step-one audit.
         max_bad_samples: skipped or replaced samples, over all ranks, at which the run stops.
-        costs: of the training records, to deal them out as rows, which the collator must make;
+        sizes: of the training records, to deal them out as rows, which the collator must make;
             None for rectangles.
     """
 
@@ -69,12 +69,12 @@ class SQLlavaTrainer(Trainer):
         *,
         audit: GradientAudit,
         max_bad_samples: int,
-        costs: Costs | None = None,
+        sizes: Sizes | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(callbacks=[audit], **kwargs)
         self.audit = audit
-        self.costs = costs
+        self.sizes = sizes
         self._order: GroupedSampler | RowSampler | None = None
         self.add_callback(_EpochOrder(self))
         self.max_bad_samples = max_bad_samples
@@ -86,11 +86,11 @@ class SQLlavaTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Rectangles by the sampler below, or rows by a batch sampler."""
-        if self.costs is None:
+        if self.sizes is None:
             return super().get_train_dataloader()
         args = self.args
         self._order = RowSampler(
-            self.costs,
+            self.sizes,
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
             args.world_size,
