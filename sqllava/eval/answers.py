@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -112,7 +113,7 @@ def generate(
     with _appending(part) as file:
         done = set(read_parts(job, questions))
         batches = plan(questions, items, batch_size, engine.costs(job.decoding))
-        todo = [batch for batch in batches if not done.issuperset(*batch)]
+        todo = [batch for batch in batches if not done.issuperset(chain(*batch))]
         dataset = PreparedBatches(todo, questions, job.images, engine.prompter)
         with tqdm(
             total=len(items),
@@ -178,7 +179,7 @@ class PreparedBatches(Dataset[Prepared]):
         pictures: dict[Any, Image.Image | None] = {}
         unread: dict[Any, str] = {}
         errors: dict[int, str] = {}
-        for item in (item for items in self.batches[index] for item in items):
+        for item in chain(*self.batches[index]):
             key = picture_key(self.questions[item])
             if key not in pictures and key not in unread:
                 try:
@@ -189,7 +190,7 @@ class PreparedBatches(Dataset[Prepared]):
                 errors[item] = unread[key]
         rounds = [[item for item in items if item not in errors] for items in self.batches[index]]
         rounds = [items for items in rounds if items]
-        asked = [self.questions[item] for items in rounds for item in items]
+        asked = [self.questions[item] for item in chain(*rounds)]
         inputs = None
         if asked:
             texts = [question.text for question in asked]

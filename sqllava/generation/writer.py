@@ -500,17 +500,23 @@ def _dealt(trunk_of: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
     """Deals texts to rows: those of a trunk to one row, or to several where they are long.
 
     Args:
-        trunk_of, lengths: each text's trunk, and how much of it is to be read.
+        trunk_of, lengths: each text's trunk, and how much of it is to be read, at least a token.
 
     Returns:
-        The numbers of each row's texts, in the order of the trunks.
+        The numbers of each row's texts, in the order of the trunks; the rows of a trunk are of like
+        length.
     """
     texts_of: dict[int, list[int]] = {}
     for text, trunk in enumerate(trunk_of):
         texts_of.setdefault(trunk, []).append(text)
-    rows = []
+    rows: list[list[int]] = []
     for _, texts in sorted(texts_of.items()):
-        count = math.ceil(sum(lengths[text] for text in texts) / ROW)
-        size = math.ceil(len(texts) / count)
-        rows += [texts[i : i + size] for i in range(0, len(texts), size)]
+        total = sum(lengths[text] for text in texts)
+        count, start = math.ceil(total / ROW), 0
+        of_trunk: list[list[int]] = [[] for _ in range(count)]
+        for text in texts:
+            middle = start + lengths[text] / 2
+            of_trunk[int(middle * count / total)].append(text)
+            start += lengths[text]
+        rows += filter(None, of_trunk)
     return rows
