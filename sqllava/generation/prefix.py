@@ -12,8 +12,10 @@ import torch
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
-# How many tokens a batch grows by before it is copied into more memory.
+# How many tokens a batch grows by, at least, before it is copied into more memory; long ones grow by
+# a share, so that a token costs as much however many are written.
 ROOM = 64
+SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,11 @@ class RoomyLayer(DynamicLayer):
         start, end = self.length, self.length + key_states.shape[2]
         more = end - self.keys.shape[2]
         if more > 0:
+            # What more than doubles a layer is a beginning that is read; a text is written on it
+            # when the memory that reading takes is free again.
+            more += 0 if key_states.shape[2] > start else max(ROOM, int(end * SHARE))
             self.keys, self.values = (
-                F.pad(states, (0, 0, 0, more + ROOM)) for states in (self.keys, self.values)
+                F.pad(states, (0, 0, 0, more)) for states in (self.keys, self.values)
             )
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
