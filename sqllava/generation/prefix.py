@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
-# How many tokens a batch grows by, at least, before it is copied into more memory; long ones grow by
-# a share, so that a token costs as much however many are written.
+# How many tokens a batch grows by, at least, before it is copied into more memory; a long one grows
+# by a share, so that a token costs as much however many are written.
 ROOM = 64
 SHARE = 1 / 8
 
