@@ -151,6 +151,13 @@ def test_a_hub_model_runs_through_the_command(root, hub, tmp_path):
     assert read_json(tmp_path / "a.header.json")["template"] == "USER/ASSISTANT"
 
 
+def test_what_a_hub_model_does_not_take_is_told(root, hub, tmp_path, caplog):
+    more = ["--conv-mode", "v1", "--image-preparation", "crop", "--limit", "1"]
+    cli.main(words(TASKS["scienceqa"], root, hub, tmp_path / "a.jsonl", *more))
+    assert "template 'v1' is not used" in caplog.text
+    assert "image preparation 'crop' is not used" in caplog.text
+
+
 def test_nothing_of_a_models_sampling_settings_is_left(hub):
     engine = open_engine(str(hub))
     assert engine.model.generation_config.repetition_penalty in (None, 1.0)

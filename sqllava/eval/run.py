@@ -105,6 +105,13 @@ def run_task(
     asker = engine.for_task(
         task.template, args.image_preparation or task.image_preparation, args.template
     )
+    preparation = asker.prompter.describe()["image_preparation"]
+    if args.image_preparation not in (None, preparation):
+        logger.warning(
+            "image preparation %r is not used: the model brings its own, %r",
+            args.image_preparation,
+            preparation,
+        )
     complete = generate(asker, job, questions, shard, args.batch_size, args.workers)
     if args.limit:
         logger.info("the answers to a part of the questions are not scored")
