@@ -202,6 +202,18 @@ def render_exchanges(turns: Sequence[Turn], template: Template) -> list[list[Pie
     return rendered
 
 
+def form(template: Template) -> list[tuple[str, str]] | None:
+    """How a template writes turns, whatever its system text; None if it takes no questions.
+
+    A model may be asked in any template of the same form as the one that it was trained in.
+    """
+    if template.caption_only or not {"user", "assistant"} <= set(template.tags or ()):
+        return None
+    talk = [Turn("user", "a", images=1), Turn("assistant", "b"), Turn("user", "c")]
+    pieces = render([*talk, Turn("assistant", None)], replace(template, system=""))
+    return [(piece.kind, piece.text) for piece in pieces]
+
+
 def _render_caption(turns: Sequence[Turn]) -> list[Piece]:
     if len(turns) != 2 or turns[0].images != 1 or turns[1].text is None:
         raise ValueError(

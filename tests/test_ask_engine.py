@@ -45,17 +45,13 @@ class Steps:
         )
         monkeypatch.setattr(writer, "_decode_branches", self._recorded)
 
-    def _recorded(self, images, prefixes, prompts, decoding, stream):
+    def _recorded(self, begun, numbers, decoding, stream):
         self._steps.clear()
-        rows = self._decode(images, prefixes, prompts, decoding, stream)
-        trunks = list({id(image): None for image in images})
-        branches = [0] * len(trunks)
+        rows = self._decode(begun, numbers, decoding, stream)
         for number, written in enumerate(rows):
-            source = number // decoding.samples
-            trunk = trunks.index(id(images[source]))
-            logits = torch.stack([step[trunk, branches[trunk]] for step in self._steps])
-            branches[trunk] += 1
-            self.rows.append((prompts[source], written, logits[: len(written)]))
+            logits = torch.stack([step[number] for step in self._steps])
+            prompt = begun.prompts[numbers[number // decoding.samples]]
+            self.rows.append((prompt, written, logits[: len(written)]))
         return rows
 
     def close(self):

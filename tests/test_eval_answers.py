@@ -14,11 +14,13 @@ from transformers import AutoTokenizer, GenerationConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as HubLlava
 
 from sqllava.eval import cli
-from sqllava.eval.answers import Shard, plan
-from sqllava.eval.engine import Decoding, model_id, open_engine
-from sqllava.eval.records import Question, read_json
+from sqllava.eval.answers import PreparedBatches, Shard
+from sqllava.eval.engine import decoding_settings, model_id, open_engine
+from sqllava.eval.plan import plan
+from sqllava.eval.records import read_json
 from sqllava.eval.score import headline
 from sqllava.eval.tasks import TASKS
+from sqllava.generation.decoding import Decoding
 
 REPO = GOLDEN.parent.parent.parent
 TOKENS = 4
@@ -77,25 +79,26 @@ def words(task, root, model, answers, *more):
     ]
 
 
-def answers_of(engine, task, root, batch_size):
+def answers_to(engine, questions, images, batch_size, tokens=TOKENS):
     """Each question's answer, in batches of the given size, without files."""
-    from sqllava.eval.answers import PreparedBatches
+    decoding = Decoding(tokens)
+    batches = plan(questions, range(len(questions)), batch_size, engine.costs(decoding))
+    dataset = PreparedBatches(batches, questions, images, engine.prompter)
+    found = {}
+    for prepared in map(dataset.__getitem__, range(len(batches))):
+        assert not prepared.errors
+        numbers = [at for _, at in prepared.numbers()]
+        rounds = engine.answers(prepared.inputs, numbers, decoding)
+        for items, texts in zip(prepared.rounds, rounds, strict=True):
+            found.update(zip(items, texts, strict=True))
+    return [found[item] for item in range(len(questions))]
 
+
+def answers_of(engine, task, root, batch_size):
     folder = root / task.layout.folder
     questions = task.read_questions(folder / task.layout.questions)
-    batches = plan(questions, range(len(questions)), batch_size)
     asker = engine.for_task(task.template, task.image_preparation)
-    found = {}
-    for prepared in map(
-        PreparedBatches(
-            batches, questions, folder / task.layout.images, asker.prompter
-        ).__getitem__,
-        range(len(batches)),
-    ):
-        assert not prepared.errors
-        texts = asker.answer(prepared.inputs, Decoding(TOKENS))
-        found.update(zip(prepared.items, texts, strict=True))
-    return [found[item] for item in range(len(questions))]
+    return answers_to(asker, questions, folder / task.layout.images, batch_size)
 
 
 @pytest.mark.parametrize("kind", ["ours", "hub"])
@@ -148,6 +151,13 @@ def test_a_hub_model_runs_through_the_command(root, hub, tmp_path):
     assert read_json(tmp_path / "a.header.json")["template"] == "USER/ASSISTANT"
 
 
+def test_what_a_hub_model_does_not_take_is_told(root, hub, tmp_path, caplog):
+    more = ["--conv-mode", "v1", "--image-preparation", "crop", "--limit", "1"]
+    cli.main(words(TASKS["scienceqa"], root, hub, tmp_path / "a.jsonl", *more))
+    assert "template 'v1' is not used" in caplog.text
+    assert "image preparation 'crop' is not used" in caplog.text
+
+
 def test_nothing_of_a_models_sampling_settings_is_left(hub):
     engine = open_engine(str(hub))
     assert engine.model.generation_config.repetition_penalty in (None, 1.0)
@@ -156,17 +166,26 @@ def test_nothing_of_a_models_sampling_settings_is_left(hub):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("flags", "message"),
     [
-        ({"temperature": 0.2}, "need --do-sample"),
-        ({"top_p": 0.9}, "need --do-sample"),
-        ({"do_sample": True}, "a temperature above 0"),
+        (["--temperature", "0.2"], "need --do-sample"),
+        (["--top-p", "0.9"], "need --do-sample"),
+        (["--do-sample"], "a temperature above 0"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, found 0"),
     ],
 )
-def test_sampling_is_never_an_accident(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Decoding(8, **settings)
-    assert Decoding(8).options() == {"max_new_tokens": 8, "do_sample": False, "num_beams": 1}
+def test_sampling_is_never_an_accident(root, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.main(words(TASKS["gqa"], root, "no-model", tmp_path / "a.jsonl", *flags))
+
+
+def test_the_header_records_decoding_as_ever():
+    """With these keys in this order: answers that were begun before go on."""
+    greedy = {"max_new_tokens": 8, "do_sample": False, "temperature": None, "top_p": None}
+    assert list(decoding_settings(Decoding(8)).items()) == list(greedy.items())
+    sampled = {"max_new_tokens": 8, "do_sample": True, "temperature": 0.2, "top_p": 0.9}
+    assert decoding_settings(Decoding(8, temperature=0.2, top_p=0.9)) == sampled
+    assert decoding_settings(Decoding(8, num_beams=2)) == greedy | {"num_beams": 2}
 
 
 def test_sampling_is_recorded(root, ours, tmp_path):
@@ -211,15 +230,6 @@ def test_ten_items_in_eight_chunks(ours, tmp_path):
     (parts / "8_2.jsonl").write_text("")
     with pytest.raises(SystemExit, match="not all answers are there"):
         cli.main(["merge", "pope", *merging])
-
-
-def test_batches_are_of_like_length_and_cover_all():
-    rng = random.Random(0)
-    questions = [Question(n, "x" * rng.randrange(50)) for n in range(23)]
-    batches = plan(questions, range(3, 23), 4)
-    assert sorted(item for batch in batches for item in batch) == list(range(3, 23))
-    lengths = [[len(questions[item].text) for item in batch] for batch in batches]
-    assert all(min(a) >= max(b) for a, b in zip(lengths, lengths[1:], strict=False))
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -369,7 +379,7 @@ def test_pad_and_crop_differ_and_are_recorded(root, ours, tmp_path):
 
     wide = Image.new("RGB", (90, 30), (200, 10, 10))
     padded, cropped = (
-        engine.for_task("v1", how).prompter.batch(["What?"], [wide])["pixel_values"]
+        engine.for_task("v1", how).prompter.batch(["What?"], [wide]).pixels
         for how in ("pad", "crop")
     )
     assert padded.shape == cropped.shape and not torch.equal(padded, cropped)

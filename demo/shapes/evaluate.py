@@ -25,7 +25,6 @@ from tqdm import tqdm
 import sqllava
 from sqllava.ask.questioner import describing
 from sqllava.eval.answers import Job, generate
-from sqllava.eval.engine import Decoding as TaskDecoding
 from sqllava.eval.engine import Engine, open_engine
 from sqllava.eval.metrics.java import MissingToolError
 from sqllava.eval.score import Score, score
@@ -146,8 +145,7 @@ def run_task(
     """Answers a question file and scores the answers, as `sqllava eval run` does."""
     task = get_task(name)
     images = images or questions.parent / "images"
-    tokens = TaskDecoding(decoding.max_new_tokens)
-    job = Job(name, questions, images, output / f"{name}.jsonl", tokens)
+    job = Job(name, questions, images, output / f"{name}.jsonl", decoding)
     generate(engine, job, task.read_questions(questions), batch_size=BATCH, workers=0)
     result = score(task, job.out, annotations, questions)
     write_text(output / f"{name}.score.json", json.dumps(result.as_json(), indent=1))

@@ -1,8 +1,8 @@
 """Questions -> answers.jsonl: batched, over several processes, resumable.
 
-A process takes a contiguous share of the questions, sorts it by length, and appends each batch's
-answers to its own file in OUT.parts/. Whoever finishes last merges all parts into OUT, in the order
-of the questions. A killed run goes on where it stopped: its batches are cut as before.
+A process takes a contiguous share of the questions, cuts it into batches (`plan.py`), and appends
+their answers to its own file in OUT.parts/. Whoever finishes last merges all parts into OUT, in the
+order of the questions. A killed run goes on where it stopped: its batches are cut as before.
 """
 
 import base64
@@ -13,10 +13,11 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -27,8 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sqllava.data.images import ImageError, load_image, resolve_image
-from sqllava.eval.engine import Batch, Decoding, Engine, Prompter, decoding_settings
+from sqllava.eval.engine import Engine, Prompter, decoding_settings
+from sqllava.eval.plan import Batch, picture_key, plan
 from sqllava.eval.records import Question, Row, answer_row, line, read_json, write_json, write_text
+from sqllava.generation.decoding import Decoding
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +112,8 @@ def generate(
     part = job.parts / f"{shard.count}_{shard.index}.jsonl"
     with _appending(part) as file:
         done = set(read_parts(job, questions))
-        batches = plan(questions, items, batch_size)
-        todo = [batch for batch in batches if not done.issuperset(batch)]
+        batches = plan(questions, items, batch_size, engine.costs(job.decoding))
+        todo = [batch for batch in batches if not done.issuperset(chain(*batch))]
         dataset = PreparedBatches(todo, questions, job.images, engine.prompter)
         with tqdm(
             total=len(items),
@@ -120,23 +123,13 @@ def generate(
             mininterval=1.0,
         ) as bar:
             for prepared in _loader(dataset, workers):
-                rows = _answer(engine, job, questions, prepared)
-                fresh = [row for row in rows if row["item"] not in done]
-                # One write a batch: what a kill leaves is whole batches and at most one torn line.
-                file.write("".join(line(row) for row in fresh))
-                file.flush()
-                bar.update(len(fresh))
+                for rows in _answers(engine, job, questions, prepared, done):
+                    fresh = [row for row in rows if row["item"] not in done]
+                    # One write a round: what a kill leaves is whole rounds and at most a torn line.
+                    file.write("".join(line(row) for row in fresh))
+                    file.flush()
+                    bar.update(len(fresh))
     return merge(job, questions)
-
-
-def plan(questions: Sequence[Question], items: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of questions of like length, longest first: what does not fit fails at once."""
-
-    def length(item: int) -> tuple[bool, int, int]:
-        return questions[item].has_image, len(questions[item].text), -item
-
-    ordered = sorted(items, key=length, reverse=True)
-    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -147,22 +140,29 @@ class Prepared:
     """A batch for the model.
 
     Attributes:
-        items: the questions in it.
-        inputs: None if none of them can be asked.
-        errors: why some cannot be asked, by item.
+        rounds: the items that can be asked, round by round.
+        inputs: for all of them in this order; None if there are none.
+        errors: why others cannot be asked, by item.
     """
 
-    items: list[int]
-    inputs: Batch | None
+    rounds: Batch
+    inputs: Any
     errors: dict[int, str]
+
+    def numbers(self) -> Iterator[tuple[list[int], range]]:
+        """Each round's items, with their places in the inputs."""
+        start = 0
+        for items in self.rounds:
+            yield items, range(start, start + len(items))
+            start += len(items)
 
 
 class PreparedBatches(Dataset[Prepared]):
-    """Reads pictures and makes the model's inputs, in worker processes."""
+    """Reads each picture of a batch once and makes the model's inputs, in worker processes."""
 
     def __init__(
         self,
-        batches: Sequence[Sequence[int]],
+        batches: Sequence[Batch],
         questions: Sequence[Question],
         images: Path | None,
         prompter: Prompter,
@@ -176,20 +176,26 @@ class PreparedBatches(Dataset[Prepared]):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> Prepared:
-        items, texts, pictures = [], [], []
+        pictures: dict[Any, Image.Image | None] = {}
+        unread: dict[Any, str] = {}
         errors: dict[int, str] = {}
-        for item in self.batches[index]:
-            question = self.questions[item]
-            try:
-                picture = read_picture(question, self.images)
-            except ImageError as error:
-                errors[item] = str(error)
-                continue
-            items.append(item)
-            texts.append(question.text)
-            pictures.append(picture)
-        inputs = self.prompter.batch(texts, pictures) if items else None
-        return Prepared(items, inputs, errors)
+        for item in chain(*self.batches[index]):
+            key = picture_key(self.questions[item])
+            if key not in pictures and key not in unread:
+                try:
+                    pictures[key] = read_picture(self.questions[item], self.images)
+                except ImageError as error:
+                    unread[key] = str(error)
+            if key in unread:
+                errors[item] = unread[key]
+        rounds = [[item for item in items if item not in errors] for items in self.batches[index]]
+        rounds = [items for items in rounds if items]
+        asked = [self.questions[item] for item in chain(*rounds)]
+        inputs = None
+        if asked:
+            texts = [question.text for question in asked]
+            inputs = self.prompter.batch(texts, [pictures[picture_key(q)] for q in asked])
+        return Prepared(rounds, inputs, errors)
 
 
 def read_picture(question: Question, images: Path | None) -> Image.Image | None:
@@ -208,24 +214,35 @@ def _loader(dataset: PreparedBatches, workers: int) -> DataLoader[Prepared]:
     return DataLoader(dataset, batch_size=None, num_workers=min(workers, len(dataset)))
 
 
-def _answer(
-    engine: Engine, job: Job, questions: Sequence[Question], prepared: Prepared
-) -> Iterator[Row]:
-    """The answers to a batch, each with its item's number."""
-    for item, error in prepared.errors.items():
-        if job.bad_images == "error":
-            raise ValueError(
-                f"{job.questions}, record {item + 1} (question {questions[item].question_id!r}): "
-                f"{error} (--bad-images mark goes on with an empty answer)"
-            )
-        logger.warning("question %r: %s", questions[item].question_id, error)
-        metadata = {"error": error}
-        yield {"item": item, **answer_row(questions[item], "", engine.model_id, metadata)}
-    if prepared.inputs is None:
-        return
-    texts = engine.answer(prepared.inputs, job.decoding)
-    for item, text in zip(prepared.items, texts, strict=True):
-        yield {"item": item, **answer_row(questions[item], text, engine.model_id)}
+def _answers(
+    engine: Engine,
+    job: Job,
+    questions: Sequence[Question],
+    prepared: Prepared,
+    done: Set[int],
+) -> Iterator[list[Row]]:
+    """The answers to a batch, each with its item's number, round by round; what has been done in
+    whole rounds is left out."""
+    errors = prepared.errors.items()
+    yield [_marked(job, engine, item, questions[item], error) for item, error in errors]
+    todo = [(items, at) for items, at in prepared.numbers() if not set(items) <= done]
+    texts = engine.answers(prepared.inputs, [at for _, at in todo], job.decoding)
+    for items, said in zip([items for items, _ in todo], texts if todo else (), strict=True):
+        yield [
+            {"item": item, **answer_row(questions[item], text, engine.model_id)}
+            for item, text in zip(items, said, strict=True)
+        ]
+
+
+def _marked(job: Job, engine: Engine, item: int, question: Question, error: str) -> Row:
+    """The empty answer to a question whose picture cannot be read."""
+    if job.bad_images == "error":
+        raise ValueError(
+            f"{job.questions}, record {item + 1} (question {question.question_id!r}): "
+            f"{error} (--bad-images mark goes on with an empty answer)"
+        )
+    logger.warning("question %r: %s", question.question_id, error)
+    return {"item": item, **answer_row(question, "", engine.model_id, {"error": error})}
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -305,6 +322,7 @@ def write_header(
         "questions_file": str(job.questions),
         "images": str(job.images) if job.images else None,
         "batch_size": batch_size,
+        **engine.remarks,
         "device": str(engine.model.device),
         "versions": {
             "python": platform.python_version(),

@@ -185,9 +185,13 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, help="score against these when all is answered")
     parser.add_argument("--data", type=Path, help=f"data folder, such as {DATA}: fills in paths")
     parser.add_argument("--output", type=Path, default=Path("results"), help="with --data: results")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="questions with a picture each that fit memory"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that read pictures")
-    parser.add_argument("--conv-mode", "--template", dest="template", help="in place of the task's")
+    parser.add_argument(
+        "--template", "--conv-mode", help="in place of the task's, or of the model's own"
+    )
     parser.add_argument("--image-preparation", choices=("pad", "crop"), help="of the task's")
     parser.add_argument("--max-new-tokens", type=int, help="in place of the task's")
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0 with --do-sample")

@@ -1,13 +1,14 @@
-"""The model under evaluation: questions and pictures -> one left-padded batch -> texts.
+"""The model under evaluation: questions and pictures -> a batch -> texts.
 
-Ours and transformers' own image-text models answer alike; only how a prompt is made differs.
+Our models answer through the writer, which reads each picture once; transformers' own image-text
+models take a left-padded batch that holds a picture for each question.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -16,8 +17,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from sqllava.checkpoint.load import load
-from sqllava.conversation import IMAGE, Turn, get_template
+from sqllava.conversation import IMAGE, Turn, form, get_template
 from sqllava.encoding import encode_prompt
+from sqllava.eval.plan import Costs
+from sqllava.generation.decoding import Decoding
+from sqllava.generation.writer import Writer
 from sqllava.model.processor import SQLlavaProcessor
 
 logger = logging.getLogger(__name__)
@@ -28,52 +32,34 @@ Batch = dict[str, torch.Tensor]
 # Published spellings of the template's name.
 TEMPLATE_NAMES = {"vicuna_v1": "v1"}
 EOS_MARK = "</s>"
+# Of the decoding, in every header.
+RECORDED = ("max_new_tokens", "do_sample", "temperature", "top_p")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _WHOLE_FILE = 2 << 30
 _SAMPLE = 8 << 20
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are written: greedily, unless sampling is asked for by name.
+@dataclass
+class Prompts:
+    """A batch for the writer.
 
     Attributes:
-        temperature: of the sampling.
+        ids: of each prompt.
+        pixels: [P, 3, H, W], each picture once; None without any.
+        pictures: each prompt's picture, a number from 0 to P - 1, or None.
     """
 
-    max_new_tokens: int
-    do_sample: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
-        if not self.do_sample and (self.temperature or self.top_p is not None):
-            raise ValueError(
-                f"temperature {self.temperature} and top_p {self.top_p} need --do-sample: "
-                "benchmarks are decoded greedily"
-            )
-        if self.do_sample and not self.temperature:
-            raise ValueError("sampling needs a temperature above 0")
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of transformers' `generate`."""
-        options: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.do_sample,
-            "num_beams": 1,
-        }
-        if self.do_sample:
-            options |= {"temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": 0}
-        return options
+    ids: list[list[int]]
+    pixels: torch.Tensor | None
+    pictures: list[int | None]
 
 
 class Prompter(Protocol):
     """Makes batches; it goes to worker processes, so it holds no weights."""
 
-    def batch(self, texts: Sequence[str], images: Sequence[Image.Image | None]) -> Batch:
-        """Makes input_ids and attention_mask [B, S], left-padded, and what the pictures become."""
+    def batch(self, texts: Sequence[str], images: Sequence[Image.Image | None]) -> Any:
+        """Makes what `Engine.answer` takes of questions with their pictures; a picture that stands
+        there several times, the same object, is prepared once where that can be shared."""
 
     def describe(self) -> dict[str, Any]:
         """What decides the inputs, for the answers' header."""
@@ -87,24 +73,26 @@ class OurPrompter:
     template: str
     image_preparation: ImagePreparation
 
-    def batch(self, texts: Sequence[str], images: Sequence[Image.Image | None]) -> Batch:
-        prompts = [
-            encode_prompt(
-                [Turn("user", text, images=int(image is not None)), Turn("assistant", None)],
-                self.template,
-                self.processor.tokenizer,
-                self.processor.image_tokens,
-            )
-            for text, image in zip(texts, images, strict=True)
-        ]
-        batch = self.processor.pad(prompts)
-        pictures = [image for image in images if image is not None]
+    def batch(self, texts: Sequence[str], images: Sequence[Image.Image | None]) -> Prompts:
+        ids = [self.ids(text, image is not None) for text, image in zip(texts, images, strict=True)]
+        pictures = {id(image): image for image in images if image is not None}
+        numbers = {key: number for number, key in enumerate(pictures)}
+        pixels = None
         if pictures:
             prepared = self.processor.image_processor(
-                pictures, do_pad=self.image_preparation == "pad", return_tensors="pt"
+                list(pictures.values()),
+                do_pad=self.image_preparation == "pad",
+                return_tensors="pt",
             )
-            batch["pixel_values"] = prepared["pixel_values"]  # [pictures, 3, H, W]
-        return batch
+            pixels = prepared["pixel_values"]  # [P, 3, H, W]
+        return Prompts(ids, pixels, [numbers.get(id(image)) for image in images])
+
+    def ids(self, text: str, with_image: bool) -> list[int]:
+        """A question's ids, up to where its answer begins."""
+        turns = [Turn("user", text, images=int(with_image)), Turn("assistant", None)]
+        return encode_prompt(
+            turns, self.template, self.processor.tokenizer, self.processor.image_tokens
+        )
 
     def describe(self) -> dict[str, Any]:
         return {"template": self.template, "image_preparation": self.image_preparation}
@@ -149,12 +137,14 @@ class HubPrompter:
 
 @dataclass
 class Engine:
-    """A model that answers batches.
+    """A model that answers batches; this one a model of transformers, which reads each question by
+    itself, and `OurEngine` one of ours.
 
     Attributes:
         prompter: as a task wants it, by `for_task`.
         model_id: what the answers call it.
         fingerprint: of its weights.
+        remarks: what more the answers' header says.
     """
 
     model: Any
@@ -162,25 +152,41 @@ class Engine:
     model_id: str
     fingerprint: Mapping[str, str]
     prompter: Prompter
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
-    def for_task(self, template: str, image_preparation: ImagePreparation) -> "Engine":
-        """The same model with prompts in a template; transformers' own models keep theirs."""
-        if not isinstance(self.processor, SQLlavaProcessor):
-            return self
-        if self.model.config.image_aspect_ratio != "pad":
-            image_preparation = "crop"
-        template = TEMPLATE_NAMES.get(template, template)
-        get_template(template)
-        return replace(self, prompter=OurPrompter(self.processor, template, image_preparation))
+    def for_task(
+        self, template: str, image_preparation: ImagePreparation, chosen: str | None = None
+    ) -> "Engine":
+        """The same model with a task's prompts; transformers' own models keep theirs.
+
+        Args:
+            template: the task's; a model that was trained in another form is asked in its own.
+            chosen: the user's, in place of both.
+        """
+        if chosen:
+            logger.warning(
+                "template %r is not used: a model of transformers has its own prompts", chosen
+            )
+        return self
+
+    def costs(self, decoding: Decoding) -> Costs | None:
+        """What questions take of a batch, where those about one picture share it; else None."""
+        return None
 
     @torch.inference_mode()
-    def answer(self, batch: Batch, decoding: Decoding) -> list[str]:
-        """Writes a text for each row of a batch."""
+    def answer(self, batch: Any, decoding: Decoding) -> list[str]:
+        """Writes a text for each question of a batch."""
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         ids = self.model.generate(**batch, **decoding.options())  # [B, S + new]
         written = ids[:, batch["input_ids"].shape[1] :]
         texts = self.processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [text.strip().removesuffix(EOS_MARK).strip() for text in texts]
+        return [_cleaned(text) for text in texts]
+
+    def answers(
+        self, batch: Any, rounds: Sequence[Sequence[int]], decoding: Decoding
+    ) -> Iterator[list[str]]:
+        """Writes texts round by round; here there is one round, the whole batch."""
+        yield self.answer(batch, decoding)
 
     def describe(self) -> dict[str, Any]:
         """What decides the answers, for their header."""
@@ -190,6 +196,89 @@ class Engine:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             **self.prompter.describe(),
         }
+
+
+class OurEngine(Engine):
+    """A model of ours: what questions about a picture share is read once."""
+
+    def for_task(
+        self, template: str, image_preparation: ImagePreparation, chosen: str | None = None
+    ) -> Engine:
+        if self.model.config.image_aspect_ratio != "pad":
+            image_preparation = "crop"
+        template, remarks = choose_template(
+            self.processor.conversation_template,
+            TEMPLATE_NAMES.get(template, template),
+            TEMPLATE_NAMES.get(chosen, chosen) if chosen else None,
+        )
+        prompter = OurPrompter(self.processor, template, image_preparation)
+        return replace(self, prompter=prompter, remarks=remarks)
+
+    def costs(self, decoding: Decoding) -> Costs | None:
+        prompter = cast(OurPrompter, self.prompter)
+        if not Writer(self.model, self.processor).branches(decoding):
+            return None
+        image, text = (len(prompter.ids("", with_image)) for with_image in (True, False))
+        return Costs(image, text, decoding.max_new_tokens)
+
+    def answer(self, batch: Prompts, decoding: Decoding) -> list[str]:
+        return next(self.answers(batch, [range(len(batch.ids))], decoding))
+
+    def answers(
+        self, batch: Prompts, rounds: Sequence[Sequence[int]], decoding: Decoding
+    ) -> Iterator[list[str]]:
+        """Writes texts round by round; what the batch's questions share is read once for all.
+
+        Args:
+            rounds: numbers of the batch's prompts.
+        """
+        writer = Writer(self.model, self.processor)
+        pictures = writer.encode([] if batch.pixels is None else list(batch.pixels))
+        about = [[] if number is None else [pictures[number]] for number in batch.pictures]
+        begun = writer.begin(batch.ids, about)
+        for numbers in rounds:
+            written = writer.finish(begun, numbers, decoding)
+            yield [_cleaned(texts[0].text) for texts in written]
+
+
+def _cleaned(text: str) -> str:
+    return text.strip().removesuffix(EOS_MARK).strip()
+
+
+def choose_template(model: str, task: str, chosen: str | None) -> tuple[str, dict[str, str]]:
+    """The template to ask a model in, and what the header says of it.
+
+    The published protocol asks a model trained in `v1_sq` in `v1`: only the system text differs. A
+    model that was trained in another form of turns than the task's is asked in its own.
+
+    Args:
+        model, task: their templates; a model's that only writes captions is of no form.
+        chosen: the user's, which is used whatever the model's.
+
+    Raises:
+        ValueError: there is no such template, or it takes no questions.
+    """
+    own, forms = form(get_template(model)), {}
+    for name in filter(None, (task, chosen)):
+        forms[name] = form(get_template(name))
+    foreign = {name for name, other in forms.items() if own is not None and other != own}
+    name = chosen or (model if task in foreign else task)
+    if form(get_template(name)) is None:
+        raise ValueError(f"template {name!r} writes captions alone: nothing can be asked in it")
+    if name in foreign:
+        logger.warning(
+            "ASKED IN ANOTHER FORM: template %r, but the model was trained in %r, which writes "
+            "turns otherwise; without --template it is asked in its own",
+            name,
+            model,
+        )
+    elif name != task and not chosen:
+        logger.info(
+            "asked in the model's own template, %r: the task's, %r, writes turns otherwise",
+            model,
+            task,
+        )
+    return name, {"model_template": model, "task_template": task} if foreign else {}
 
 
 def open_engine(
@@ -205,14 +294,16 @@ def open_engine(
         path: a folder, or a hub id of a transformers model.
         base, vision_tower: of an adapter, where they have moved.
     """
+    kind: type[Engine]
+    prompter: Prompter
     if is_transformers_model(path):
         model, processor = _open_hub_model(path, dtype, device)
-        prompter: Prompter = HubPrompter(processor)
+        kind, prompter = Engine, HubPrompter(processor)
     else:
         model, processor = load(path, base, vision_tower, dtype=dtype, device=device)
-        prompter = OurPrompter(processor, "v1", "pad")
+        kind, prompter = OurEngine, OurPrompter(processor, "v1", "pad")
     _decode_plainly(model, processor.tokenizer)
-    return Engine(model, processor, model_id(path), fingerprint(Path(path)), prompter)
+    return kind(model, processor, model_id(path), fingerprint(Path(path)), prompter)
 
 
 def is_transformers_model(path: str) -> bool:
@@ -281,5 +372,8 @@ def _digest(path: Path) -> str:
 
 
 def decoding_settings(decoding: Decoding) -> dict[str, Any]:
-    """Decoding as the header records it."""
-    return asdict(decoding)
+    """Decoding as the header records it; what is seldom set only where it is."""
+    settings = {name: getattr(decoding, name) for name in RECORDED}
+    plain = Decoding()
+    rare = {name: getattr(decoding, name) for name in ("top_k", "num_beams")}
+    return settings | {n: value for n, value in rare.items() if value != getattr(plain, n)}

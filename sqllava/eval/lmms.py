@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from sqllava.conversation import IMAGE
 from sqllava.eval.answers import shard_of_environment
-from sqllava.eval.engine import Decoding, Engine, ImagePreparation, open_engine
+from sqllava.eval.engine import Engine, ImagePreparation, open_engine
+from sqllava.generation.decoding import Decoding
 
 DEFAULT_TOKENS = 1024
 
@@ -26,7 +27,8 @@ class SQLlavaLmms(lmms):
     Args:
         pretrained: folder of the model.
         base: the language model under an adapter, if it has moved.
-        template: conversation template.
+        template: conversation template, in place of `v1`, or of the model's own where that writes
+            turns otherwise.
         image_preparation: "pad" or "crop".
     """
 
@@ -36,7 +38,7 @@ class SQLlavaLmms(lmms):
         self,
         pretrained: str,
         base: str | None = None,
-        template: str = "v1",
+        template: str | None = None,
         image_preparation: ImagePreparation = "pad",
         batch_size: int | str = 1,
         device: str | None = None,
@@ -48,7 +50,7 @@ class SQLlavaLmms(lmms):
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # lmms-eval asks for a GPU when nobody did
         engine = open_engine(pretrained, base, dtype=dtype, device=device)
-        self.engine: Engine = engine.for_task(template, image_preparation)
+        self.engine: Engine = engine.for_task("v1", image_preparation, template)
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
@@ -89,9 +91,8 @@ def decoding(settings: Mapping[str, Any]) -> Decoding:
     sampled = bool(settings.get("do_sample")) and bool(settings.get("temperature"))
     return Decoding(
         int(settings.get("max_new_tokens", DEFAULT_TOKENS)),
-        sampled,
-        settings.get("temperature") if sampled else None,
-        settings.get("top_p") if sampled else None,
+        temperature=settings.get("temperature") if sampled else None,
+        top_p=settings.get("top_p") if sampled else None,
     )
 
 

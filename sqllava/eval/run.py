@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from sqllava.eval.answers import Job, Shard, discard, generate, merge, shard_of_environment
-from sqllava.eval.engine import Decoding, Engine, open_engine
+from sqllava.eval.engine import Engine, open_engine
 from sqllava.eval.records import Row, write_json, write_jsonl
 from sqllava.eval.report import write_report
 from sqllava.eval.score import headline, score
 from sqllava.eval.tasks import TASKS
 from sqllava.eval.tasks.task import Task
+from sqllava.generation.decoding import Decoding
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,19 @@ def shard_of(args: argparse.Namespace) -> Shard:
     return Shard(args.chunk_idx, args.num_chunks)
 
 
+def decoding_of(task: Task, args: argparse.Namespace) -> Decoding:
+    """How answers are written: greedily, unless sampling is asked for by name."""
+    if not args.do_sample and (args.temperature or args.top_p is not None):
+        raise ValueError(
+            f"temperature {args.temperature} and top_p {args.top_p} need --do-sample: "
+            "benchmarks are decoded greedily"
+        )
+    if args.do_sample and not args.temperature:
+        raise ValueError("sampling needs a temperature above 0")
+    tokens = task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
+    return Decoding(tokens, temperature=args.temperature or None, top_p=args.top_p)
+
+
 def run_task(
     task: Task, args: argparse.Namespace, options: Row, engine: Engine | None = None
 ) -> Engine:
@@ -81,12 +95,7 @@ def run_task(
     """
     paths, shard = paths_of(task, args), shard_of(args)
     questions = task.read_questions(paths.questions)[: args.limit]
-    decoding = Decoding(
-        args.max_new_tokens or task.max_new_tokens,
-        args.do_sample,
-        args.temperature or None,
-        args.top_p,
-    )
+    decoding = decoding_of(task, args)
     job = Job(task.name, paths.questions, paths.images, paths.answers, decoding, args.bad_images)
     if args.overwrite and shard.index == 0:
         discard(job)
@@ -94,8 +103,15 @@ def run_task(
         args.model, args.base, args.vision_tower, args.dtype, args.device or _own_device()
     )
     asker = engine.for_task(
-        args.template or task.template, args.image_preparation or task.image_preparation
+        task.template, args.image_preparation or task.image_preparation, args.template
     )
+    preparation = asker.prompter.describe()["image_preparation"]
+    if args.image_preparation not in (None, preparation):
+        logger.warning(
+            "image preparation %r is not used: the model brings its own, %r",
+            args.image_preparation,
+            preparation,
+        )
     complete = generate(asker, job, questions, shard, args.batch_size, args.workers)
     if args.limit:
         logger.info("the answers to a part of the questions are not scored")

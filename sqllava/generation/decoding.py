@@ -41,6 +41,10 @@ class Decoding:
         if self.temperature is None and self.samples > 1:
             raise ValueError(f"{self.samples} samples need a temperature: they would all be equal")
 
+    @property
+    def do_sample(self) -> bool:
+        return self.temperature is not None
+
     def warpers(self) -> LogitsProcessorList:
         """What makes the distribution to sample from of the model's logits."""
         from transformers.generation.logits_process import (
@@ -65,9 +69,9 @@ class Decoding:
             "max_new_tokens": self.max_new_tokens,
             "num_return_sequences": self.samples,
             "num_beams": self.num_beams,
-            "do_sample": self.temperature is not None,
+            "do_sample": self.do_sample,
         }
-        if self.temperature is not None:
+        if self.do_sample:
             options |= {
                 "temperature": self.temperature,
                 "top_k": self.top_k or 0,

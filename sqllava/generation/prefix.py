@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
-# How many tokens a batch grows by before it is copied into more memory.
+# How many tokens a batch grows by, at least, before it is copied into more memory; a long one grows
+# by a share, so that a token costs as much however many are written.
 ROOM = 64
+SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,24 @@ class RoomyLayer(DynamicLayer):
     """A layer of a cache with room to grow: the stock one copies all it holds at every token.
 
     Args:
-        keys, values: [B, heads, S + room, width], written up to S.
+        keys, values: [B, heads, S + room, width], written up to S; None for an empty layer.
         length: S.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+    def __init__(
+        self,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+        length: int = 0,
+    ) -> None:
         super().__init__()
+        self.length = length
+        if keys is not None and values is not None:
+            self._hold(keys, values)
+
+    def _hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.lazy_initialization(keys, values)
-        self.keys, self.values, self.length = keys, values, length
+        self.keys, self.values = keys, values
 
     def get_seq_length(self) -> int:
         return self.length
@@ -76,11 +88,18 @@ class RoomyLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds what [B, heads, new, width] holds; returns all there is."""
+        if not self.is_initialized:
+            self._hold(key_states[:, :, :0], value_states[:, :, :0])
         assert self.keys is not None and self.values is not None
         start, end = self.length, self.length + key_states.shape[2]
-        if end > self.keys.shape[2]:
-            more = (0, 0, 0, end - start + ROOM)
-            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+        more = end - self.keys.shape[2]
+        if more > 0:
+            # What more than doubles a layer is a beginning that is read; a text is written on it
+            # when the memory that reading takes is free again.
+            more += 0 if key_states.shape[2] > start else max(ROOM, int(end * SHARE))
+            self.keys, self.values = (
+                F.pad(states, (0, 0, 0, more)) for states in (self.keys, self.values)
+            )
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         self.length = end
@@ -95,7 +114,7 @@ def stack(prefixes: Sequence[Prefix]) -> Cache:
     """One cache for a batch, its rows padded on the left with zeros, as `pad_left` pads the ids."""
     model = next((prefix.states for prefix in prefixes if prefix.states), None)
     if model is None:
-        return DynamicCache()
+        return Cache(layer_class_to_replicate=RoomyLayer)
     width = max(len(prefix.ids) for prefix in prefixes)
     batch = []
     for number, like in enumerate(model):
@@ -120,3 +139,56 @@ def unstack(cache: Cache, row: int, columns: torch.Tensor, ids: list[int]) -> Pr
     layers: list[Any] = cache.layers
     states = [state for layer in layers for state in (layer.keys, layer.values)]
     return Prefix(ids, [state[row][:, columns] for state in states])
+
+
+@dataclass(frozen=True)
+class Trunks:
+    """Beginnings of prompts in one cache, to go on from as often as is needed.
+
+    Attributes:
+        ids: the tokens of each, G lists.
+        mask: [G, S], 1 at the columns that hold them, in order; 0 at padding.
+        cache: their keys and values, made of `RoomyLayer`; it may have grown since.
+    """
+
+    ids: list[list[int]]
+    mask: torch.Tensor
+    cache: Cache
+
+    @classmethod
+    def of(cls, prefixes: Sequence[Prefix], device: torch.device) -> "Trunks":
+        """What has been read already, as one batch."""
+        ids = [prefix.ids for prefix in prefixes]
+        return cls(ids, pad_left(ids, 0)[1].to(device), stack(prefixes))
+
+    def prefix(self, row: int) -> Prefix:
+        """One of them by itself, copied."""
+        return unstack(self.cache, row, self.mask[row].nonzero().flatten(), self.ids[row])
+
+    def rows(self, numbers: Sequence[int]) -> "Trunks":
+        """Some of them in some order, each as often as it is named; copied."""
+        width = self.mask.shape[1]
+        index = torch.tensor(numbers, device=self.mask.device)
+        held: list[Any] = self.cache.layers if width else []
+        layers: Any = [
+            RoomyLayer(
+                layer.keys.index_select(0, index), layer.values.index_select(0, index), width
+            )
+            for layer in held
+        ]
+        cache = Cache(layers=layers) if layers else stack([])
+        return Trunks([self.ids[number] for number in numbers], self.mask[index], cache)
+
+    def rewound(self) -> "Trunks":
+        """The same, in the same memory, without what the cache has grown by."""
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
+            layer.length = self.mask.shape[1]
+        return self
+
+    def tokens(self, pad: int) -> torch.Tensor:
+        """Their ids in their columns, [G, S]."""
+        flat = [token for ids in self.ids for token in ids]
+        tokens = torch.full_like(self.mask, pad)
+        tokens[self.mask.bool()] = torch.tensor(flat, dtype=tokens.dtype, device=tokens.device)
+        return tokens

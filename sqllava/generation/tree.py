@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from sqllava.generation.prefix import Prefix, pad_left, stack
+from sqllava.generation.prefix import Trunks, pad_left
 from sqllava.model.model import SQLlavaModel
 
 _TRUNK, _PADDING = -1, -2
@@ -22,16 +22,15 @@ class Tree:
     Args:
         model: takes an attention mask of ours, that is, attends with "sdpa" or "eager" and has no
             sliding windows.
-        trunks: read already, G of them.
+        trunks: read already, G of them; their cache grows.
     """
 
-    def __init__(self, model: SQLlavaModel, trunks: Sequence[Prefix]) -> None:
+    def __init__(self, model: SQLlavaModel, trunks: Trunks) -> None:
         self._model = model
-        self.cache = stack(trunks)
-        _, mask = pad_left([trunk.ids for trunk in trunks], 0)
+        self.cache = trunks.cache
         # Which branch each column belongs to: [G, S], as long as the cache.
-        self._branches = torch.where(mask.bool(), _TRUNK, _PADDING).to(model.device)
-        self._lengths = [len(trunk.ids) for trunk in trunks]
+        self._branches = torch.where(trunks.mask.bool(), _TRUNK, _PADDING)
+        self._lengths = list(map(len, trunks.ids))
         self._next = torch.zeros(0)  # positions of the branches' next tokens, [G, N]
 
     def start(self, branches: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Writer: open conversations about images -> texts, with everything that is shared computed once.
 
 The engine under asking and evaluation. Pictures are encoded once, what the prompts of an image
-share is read once (`prefix.py`), and the rows of a batch are decoded together.
+share is read once (`prefix.py`), and the texts of a batch are decoded together (`tree.py`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -14,10 +15,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sqllava.conversation import Turn
 from sqllava.generation.decoding import GREEDY, Decoding
-from sqllava.generation.prefix import UNREAD, Prefix, pad_left, shared_length, stack, unstack
+from sqllava.generation.prefix import (
+    UNREAD,
+    Prefix,
+    Trunks,
+    pad_left,
+    shared_length,
+    unstack,
+)
 from sqllava.generation.tree import Tree
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
+
+# How many tokens the branches of a row may begin with together: each is compared with all, which
+# costs little up to here; more of them go to more rows, each with its copy of the trunk.
+ROW = 1024
 
 # Takes text as it is written: which of the texts, what comes next of it, whether that is its end.
 Stream = Callable[[int, str, bool], None]
@@ -50,7 +62,30 @@ class Written:
     ended: bool
 
 
-Picture = Image.Image | EncodedImage
+# A picture, one as the processor prepares it (pixel values [3, H, W]), or one that is encoded.
+Picture = Image.Image | torch.Tensor | EncodedImage
+# What a conversation is about: a picture, several, or none.
+Subject = Picture | Sequence[Picture] | None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Prompts that have been read as far as those about the same images go together.
+
+    Attributes:
+        prompts: their ids, whole.
+        images: of each trunk, what its prompts are about.
+        trunk_of: the trunk's number, for each prompt.
+    """
+
+    prompts: Sequence[list[int]]
+    images: Sequence[Sequence[EncodedImage]]
+    trunk_of: Sequence[int]
+    trunks: Trunks
+
+    def rest(self, number: int) -> list[int]:
+        """What has not been read of a prompt."""
+        return self.prompts[number][len(self.trunks.ids[self.trunk_of[number]]) :]
 
 
 # What `Decoding` sets, and what does not shape a text, in a GenerationConfig.
@@ -81,10 +116,10 @@ class Writer:
             remember: whether the images keep what is said about them as keys and values; see
                 `EncodedImage`. That is much memory for each: half a megabyte a token at 7B.
         """
-        pictures = {id(image): image for image in images if isinstance(image, Image.Image)}
+        pictures = {id(image): image for image in images if not isinstance(image, EncodedImage)}
         encoded: dict[int, EncodedImage] = {}
         if pictures:
-            pixels = torch.stack([self.processor.prepare_image(p) for p in pictures.values()])
+            pixels = torch.stack([self._pixels(picture) for picture in pictures.values()])
             outputs = self.model.model.get_image_features(pixels.to(self.model.device))
             features: Any = outputs.pooler_output
             encoded = {
@@ -93,10 +128,15 @@ class Writer:
             }
         return [encoded.get(id(image)) or cast(EncodedImage, image) for image in images]
 
+    def _pixels(self, picture: Image.Image | torch.Tensor) -> torch.Tensor:
+        if isinstance(picture, torch.Tensor):
+            return picture
+        return self.processor.prepare_image(picture)
+
     def complete(
         self,
         conversations: Sequence[Sequence[Turn]],
-        images: Sequence[Picture],
+        images: Sequence[Subject],
         decoding: Decoding = GREEDY,
         stream: Stream | None = None,
     ) -> list[list[str]]:
@@ -104,36 +144,84 @@ class Writer:
         written = self.write(conversations, images, decoding, stream)
         return [[one.text for one in several] for several in written]
 
-    @torch.no_grad()
     def write(
         self,
         conversations: Sequence[Sequence[Turn]],
-        images: Sequence[Picture],
+        images: Sequence[Subject],
         decoding: Decoding = GREEDY,
         stream: Stream | None = None,
     ) -> list[list[Written]]:
         """Writes the open last turn of each conversation, all of them together.
 
         Args:
-            conversations: each about one image, which belongs to its first turn.
-            images: one for each conversation; an image may stand there several times, and what its
-                conversations share at their beginning is read once.
+            conversations: about images that belong to its first turn, where no turn holds them.
+            images: what each conversation is about: an image, several, or none. An image may stand
+                there several times: what its conversations share at their beginning is read once.
             stream: takes the texts as they are written, numbered through all conversations; with
                 beams, whole at the end.
 
         Returns:
             For each conversation `decoding.samples` texts.
+
+        Raises:
+            ValueError: a conversation's turns hold another number of images than it is about.
         """
         if len(conversations) != len(images):
             raise ValueError(f"{len(conversations)} conversations, but {len(images)} images")
         if not conversations:
             return []
-        prompts = [self.processor.encode_turns(_with_image(turns)) for turns in conversations]
-        encoded = self.encode(images)
-        prefixes = self._read(encoded, prompts)
-        together = self._takes_branches(prefixes, prompts) and decoding.num_beams == 1
+        about = [_several(subject) for subject in images]
+        prompts = [
+            self.processor.encode_turns(_with_images(turns, len(several)))
+            for turns, several in zip(conversations, about, strict=True)
+        ]
+        begun = self.begin(prompts, about)
+        return self.finish(begun, range(len(prompts)), decoding, stream)
+
+    @torch.no_grad()
+    def begin(self, prompts: Sequence[list[int]], about: Sequence[Sequence[Picture]]) -> Begun:
+        """Encodes images, and reads what the prompts about them share: the costly part, once.
+
+        Args:
+            prompts: ids, with placeholders of images.
+            about: the images of each prompt, in the order of its placeholders.
+        """
+        encoded = iter(self.encode([picture for several in about for picture in several]))
+        images = [[next(encoded) for _ in several] for several in about]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for number, of_one in enumerate(images):
+            groups.setdefault(tuple(map(id, of_one)), []).append(number)
+        trunk_of = [0] * len(prompts)
+        subjects, targets = [], []
+        for trunk, members in enumerate(groups.values()):
+            several = [prompts[number] for number in members]
+            # A prompt's last token stays out, for the text to begin from.
+            length = min(shared_length(several), *(len(prompt) - 1 for prompt in several))
+            targets.append(several[0][:length])
+            subjects.append(images[members[0]])
+            for number in members:
+                trunk_of[number] = trunk
+        trunks = self._read(subjects, targets)
+        return Begun(prompts, subjects, trunk_of, trunks)
+
+    @torch.no_grad()
+    def finish(
+        self,
+        begun: Begun,
+        numbers: Sequence[int],
+        decoding: Decoding = GREEDY,
+        stream: Stream | None = None,
+    ) -> list[list[Written]]:
+        """Writes what comes next of some of the prompts that have been begun, all together.
+
+        Prompts may be finished in several rounds, as memory allows; what they share stays read.
+
+        Returns:
+            For each number `decoding.samples` texts.
+        """
+        together = self._takes_branches(begun, numbers) and self.branches(decoding)
         decode = self._decode_branches if together else self._generate
-        rows = decode(encoded, prefixes, prompts, decoding, stream)
+        rows = decode(begun, numbers, decoding, stream)
         written = [Written(self._text(row), bool(row) and row[-1] in self.stops) for row in rows]
         n = decoding.samples
         return [written[i : i + n] for i in range(0, len(written), n)]
@@ -144,30 +232,31 @@ class Writer:
         stops = cast(Any, self.model).generation_config.eos_token_id
         return frozenset(stops if isinstance(stops, list) else () if stops is None else (stops,))
 
-    def _read(self, images: Sequence[EncodedImage], prompts: Sequence[list[int]]) -> list[Prefix]:
-        """For each prompt, what it shares with the others about its image, read.
+    def branches(self, decoding: Decoding) -> bool:
+        """Whether texts about an image are decoded behind one copy of what they share.
 
-        The prompts' last tokens stay out, for `generate` to begin with.
+        They are where that gives what `generate` would: nothing but `Decoding` shapes the texts, no
+        beams are searched, and the attention takes a mask of ours.
         """
-        groups: dict[int, list[list[int]]] = {}
-        for image, prompt in zip(images, prompts, strict=True):
-            groups.setdefault(id(image), []).append(prompt)
-        targets = [
-            several[0][: min(shared_length(several), *(len(prompt) - 1 for prompt in several))]
-            for several in groups.values()
-        ]
-        distinct = {id(image): image for image in images}
-        prefixes = self._extended(list(distinct.values()), targets)
-        of_image = dict(zip(distinct, prefixes, strict=True))
-        return [of_image[id(image)] for image in images]
+        config: Any = self.model.config.get_text_config()
+        shaped = set(cast(Any, self.model).generation_config.to_diff_dict())
+        masks = config._attn_implementation in ("sdpa", "eager")
+        plain = not (shaped - _SHAPED_HERE) and decoding.num_beams == 1
+        return masks and plain and not getattr(config, "sliding_window", None)
 
-    def _extended(
-        self, images: Sequence[EncodedImage], targets: Sequence[list[int]]
-    ) -> list[Prefix]:
-        """Prefixes of images that hold exactly the target ids: kept, cut, and read on as needed."""
+    def _takes_branches(self, begun: Begun, numbers: Sequence[int]) -> bool:
+        """Whether all images are in the trunks."""
+        placeholder = self.model.config.image_token_id
+        return not any(placeholder in begun.rest(number) for number in numbers)
+
+    def _read(
+        self, images: Sequence[Sequence[EncodedImage]], targets: Sequence[list[int]]
+    ) -> Trunks:
+        """Trunks that hold exactly the target ids: remembered, cut, and read on as needed."""
+        memories = [_memory(several) for several in images]
         prefixes = [
-            image.prefix.cut(shared_length([image.prefix.ids, ids]))
-            for image, ids in zip(images, targets, strict=True)
+            memory.prefix.cut(shared_length([memory.prefix.ids, ids])) if memory else UNREAD
+            for memory, ids in zip(memories, targets, strict=True)
         ]
         fresh = [row for row, prefix in enumerate(prefixes) if not prefix.ids]
         if len(fresh) > 1:
@@ -175,113 +264,98 @@ class Writer:
             before = targets[fresh[0]][: shared_length([targets[row] for row in fresh])]
             placeholder = self.model.config.image_token_id
             before = before[: before.index(placeholder)] if placeholder in before else before
-            system = self._read_on([UNREAD], [before], [])[0] if before else UNREAD
+            system = self._read_on([UNREAD], [before], [[]]).prefix(0) if before else UNREAD
             prefixes = [prefix if prefix.ids else system for prefix in prefixes]
         behind = [row for row, ids in enumerate(targets) if len(prefixes[row].ids) < len(ids)]
-        read = self._read_on(
-            [prefixes[row] for row in behind],
-            [targets[row] for row in behind],
-            [images[row] for row in behind],
-        )
-        for row, prefix in zip(behind, read, strict=True):
-            prefixes[row] = prefix
-        for image, prefix in zip(images, prefixes, strict=True):
-            if image.remembers:
-                image.prefix = prefix
-        return prefixes
+        if behind:
+            read = self._read_on(
+                [prefixes[row] for row in behind],
+                [targets[row] for row in behind],
+                [images[row] for row in behind],
+            )
+        if len(behind) < len(targets):
+            for place, row in enumerate(behind):
+                prefixes[row] = read.prefix(place)
+            read = Trunks.of(prefixes, self.model.device)
+        for row, memory in enumerate(memories):
+            if memory and memory.remembers:
+                memory.prefix = read.prefix(row)
+        return read
 
     def _read_on(
         self,
         prefixes: Sequence[Prefix],
         targets: Sequence[list[int]],
-        images: Sequence[EncodedImage],
-    ) -> list[Prefix]:
+        images: Sequence[Sequence[EncodedImage]],
+    ) -> Trunks:
         """Reads from the prefixes' ends to the targets', all rows together."""
-        if not targets:
-            return []
-        ids, mask, start = self._padded(prefixes, targets)
-        cache = stack(prefixes)
+        trunks = Trunks.of(prefixes, self.model.device)
+        rests = [ids[len(held) :] for held, ids in zip(trunks.ids, targets, strict=True)]
+        ids, mask = self._padded(rests)
+        mask = torch.cat([trunks.mask, mask], 1)
         self.model.model(
-            input_ids=cast(Any, ids[:, start:]),
+            input_ids=cast(Any, ids),
             attention_mask=mask,
-            position_ids=cast(Any, (mask.cumsum(1) - 1).clamp(min=0)[:, start:]),
-            past_key_values=cache,
-            mm_encoder_outputs=self._features(images, ids[:, start:]),
+            position_ids=cast(Any, (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]),
+            past_key_values=trunks.cache,
+            mm_encoder_outputs=self._features(images, trunks.ids, targets),
             use_cache=True,
         )
-        return [
-            unstack(cache, row, mask[row].nonzero().flatten(), target)
-            for row, target in enumerate(targets)
-        ]
+        return Trunks(list(targets), mask, trunks.cache)
 
     def _features(
-        self, images: Sequence[EncodedImage], ids: torch.Tensor
+        self,
+        images: Sequence[Sequence[EncodedImage]],
+        read: Sequence[list[int]],
+        targets: Sequence[list[int]],
     ) -> dict[str, BaseModelOutputWithPooling] | None:
-        """The images whose rows of ids [B, S] hold placeholders, as the model takes them."""
-        placed = (ids == self.model.config.image_token_id).any(1).nonzero().flatten().tolist()
-        features: Any = [images[row].features for row in placed]
+        """The images whose placeholders stand between what is read and the targets' ends."""
+        placeholder, size = self.model.config.image_token_id, self.processor.image_tokens
+        features: Any = [
+            image.features
+            for several, before, ids in zip(images, read, targets, strict=True)
+            for image in several[before.count(placeholder) // size : ids.count(placeholder) // size]
+        ]
         if not features:
             return None
         return {"image": BaseModelOutputWithPooling(pooler_output=features)}
 
-    def _padded(
-        self, prefixes: Sequence[Prefix], prompts: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Prompts as a batch: what has been read and what comes after it are padded apart.
-
-        Returns:
-            ids and mask [B, S], and at which column the unread part begins.
-        """
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask [B, S], on the model's device."""
         pad = cast(int, self.processor.tokenizer.pad_token_id)
-        read = pad_left([prefix.ids for prefix in prefixes], pad)
-        rest = pad_left(
-            [prompt[len(prefix.ids) :] for prefix, prompt in zip(prefixes, prompts, strict=True)],
-            pad,
-        )
-        ids, mask = (
-            torch.cat(pair, 1).to(self.model.device) for pair in zip(read, rest, strict=True)
-        )
-        return ids, mask, read[0].shape[1]
-
-    def _takes_branches(self, prefixes: Sequence[Prefix], prompts: Sequence[Sequence[int]]) -> bool:
-        """Whether branches give what `generate` would: nothing but `Decoding` shapes the texts, the
-        attention takes a mask of ours, and all images are read."""
-        config: Any = self.model.config.get_text_config()
-        shaped = set(cast(Any, self.model).generation_config.to_diff_dict()) - _SHAPED_HERE
-        placeholder = self.model.config.image_token_id
-        unread = any(placeholder in p[len(q.ids) :] for q, p in zip(prefixes, prompts, strict=True))
-        masks = config._attn_implementation in ("sdpa", "eager")
-        return masks and not (getattr(config, "sliding_window", None) or shaped or unread)
+        ids, mask = pad_left(rows, pad)
+        return ids.to(self.model.device), mask.to(self.model.device)
 
     def _decode_branches(
         self,
-        images: Sequence[EncodedImage],
-        prefixes: Sequence[Prefix],
-        prompts: Sequence[list[int]],
+        begun: Begun,
+        numbers: Sequence[int],
         decoding: Decoding,
         stream: Stream | None,
     ) -> list[list[int]]:
         """Decodes all texts about an image as branches of what their prompts share."""
-        trunks = {id(image): prefix for image, prefix in zip(images, prefixes, strict=True)}
-        numbers = {image: number for number, image in enumerate(trunks)}
-        branches: list[list[list[int]]] = [[] for _ in trunks]
-        places = []  # of each text: its trunk and its branch
-        for image, prefix, prompt in zip(images, prefixes, prompts, strict=True):
-            number = numbers[id(image)]
-            for _ in range(decoding.samples):
-                places.append((number, len(branches[number])))
-                branches[number].append(prompt[len(prefix.ids) :])
-        tree = Tree(self.model.model, list(trunks.values()))
-        steps = self._grow(tree, branches, places, decoding, stream)
-        rows = [self._to_end(row) for row in torch.stack(steps, 1).tolist()]
-        for number, image in enumerate({id(image): image for image in images}.values()):
-            if image.remembers and len(branches[number]) == 1:
-                row = places.index((number, 0))
+        texts = [number for number in numbers for _ in range(decoding.samples)]
+        rests = [begun.rest(number) for number in texts]
+        rows = _dealt([begun.trunk_of[number] for number in texts], list(map(len, rests)))
+        trunk_numbers = [begun.trunk_of[texts[row[0]]] for row in rows]
+        trunks = begun.trunks.rewound()
+        if trunk_numbers != list(range(len(trunks.ids))):
+            trunks = trunks.rows(trunk_numbers)
+        places = {
+            text: (row, column) for row, held in enumerate(rows) for column, text in enumerate(held)
+        }
+        branches = [[rests[text] for text in row] for row in rows]
+        tree = Tree(self.model.model, trunks)
+        steps = self._grow(tree, branches, [places[n] for n in range(len(texts))], decoding, stream)
+        written = [self._to_end(ids) for ids in torch.stack(steps, 1).tolist()]
+        for row, (number, held) in enumerate(zip(trunk_numbers, rows, strict=True)):
+            memory = _memory(begun.images[number])
+            if memory and memory.remembers and len(held) == trunk_numbers.count(number) == 1:
                 # The last token of the batch was written, but never read.
-                ids = [*prompts[row], *rows[row][: len(steps) - 1]]
-                columns = tree.columns(number, 0).nonzero().flatten()[: len(ids)]
-                image.prefix = unstack(tree.cache, number, columns, ids)
-        return rows
+                ids = [*begun.prompts[texts[held[0]]], *written[held[0]][: len(steps) - 1]]
+                columns = tree.columns(row, 0).nonzero().flatten()[: len(ids)]
+                memory.prefix = unstack(tree.cache, row, columns, ids)
+        return written
 
     def _grow(
         self,
@@ -299,23 +373,24 @@ class Writer:
         pad = cast(int, self.processor.tokenizer.pad_token_id)
         rows, columns = torch.tensor(places, device=device).unbind(1)
         states = tree.start(branches)  # [G, N, d]
-        running = torch.zeros(states.shape[:2], dtype=torch.bool, device=device)
-        running[rows, columns] = True
+        running = torch.ones(len(places), dtype=torch.bool, device=device)
         steps: list[torch.Tensor] = []
         while True:
-            logits = self.model.lm_head(states).flatten(0, 1).float()  # [G * N, V]
+            logits = self.model.lm_head(states[rows, columns]).float()  # [texts, V]
             if decoding.temperature is None:
                 drawn = logits.argmax(-1)
             else:
                 scores = warp(cast(Any, None), cast(Any, logits))
                 drawn = scores.softmax(-1).multinomial(1).squeeze(1)
-            ids = drawn.view(running.shape).masked_fill(~running, pad)
-            steps.append(ids[rows, columns])
+            drawn = drawn.masked_fill(~running, pad)
+            steps.append(drawn)
             if streamer:
                 streamer.put(steps[-1])
-            running &= ~torch.isin(ids, stops)
+            running &= ~torch.isin(drawn, stops)
             if len(steps) == decoding.max_new_tokens or not running.any():
                 break
+            ids = torch.full(states.shape[:2], pad, device=device)
+            ids[rows, columns] = drawn
             states = tree.grow(ids)
         if streamer:
             streamer.end()
@@ -323,21 +398,29 @@ class Writer:
 
     def _generate(
         self,
-        images: Sequence[EncodedImage],
-        prefixes: Sequence[Prefix],
-        prompts: Sequence[list[int]],
+        begun: Begun,
+        numbers: Sequence[int],
         decoding: Decoding,
         stream: Stream | None,
     ) -> list[list[int]]:
         """Decodes with transformers' `generate`, each text in a row of its own."""
-        ids, mask, start = self._padded(prefixes, prompts)
+        trunk_of = [begun.trunk_of[number] for number in numbers]
         copies = max(decoding.samples, decoding.num_beams)
+        begun.trunks.rewound()
+        trunks = begun.trunks.rows([trunk for trunk in trunk_of for _ in range(copies)])
+        read = begun.trunks.tokens(cast(int, self.processor.tokenizer.pad_token_id))[trunk_of]
+        rest, mask = self._padded([begun.rest(number) for number in numbers])
+        ids = torch.cat([read, rest], 1)
         # Cast, because transformers' own types do not fit together.
         generated = cast(Any, self.model).generate(
             input_ids=ids,
-            attention_mask=mask,
-            past_key_values=stack([prefix for prefix in prefixes for _ in range(copies)]),
-            mm_encoder_outputs=self._features(images, ids[:, start:]),
+            attention_mask=torch.cat([begun.trunks.mask[trunk_of], mask], 1),
+            past_key_values=trunks.cache,
+            mm_encoder_outputs=self._features(
+                [begun.images[trunk] for trunk in trunk_of],
+                [begun.trunks.ids[trunk] for trunk in trunk_of],
+                [begun.prompts[number] for number in numbers],
+            ),
             **decoding.options(),
         )
         rows = [self._to_end(row) for row in generated[:, ids.shape[1] :].tolist()]
@@ -388,10 +471,52 @@ class _Streamer:
             self._stream(row, new, last)
 
 
-def _with_image(turns: Sequence[Turn]) -> list[Turn]:
-    """Puts the image into the first turn, if no turn holds it yet."""
+def _several(subject: Subject) -> Sequence[Picture]:
+    """What a conversation is about, as a sequence."""
+    if subject is None:
+        return ()
+    one = isinstance(subject, Image.Image | torch.Tensor | EncodedImage)
+    return (cast(Picture, subject),) if one else cast(Sequence[Picture], subject)
+
+
+def _memory(images: Sequence[EncodedImage]) -> EncodedImage | None:
+    """The image that may remember what is said: the only one."""
+    return images[0] if len(images) == 1 else None
+
+
+def _with_images(turns: Sequence[Turn], count: int) -> list[Turn]:
+    """Puts the images into the first turn, if no turn holds them yet."""
+    held = sum(turn.images for turn in turns)
+    if held not in (0, count):
+        raise ValueError(f"the conversation's turns hold {held} images, but {count} were given")
+    if held == count:
+        return list(turns)
     if turns[0].text is None:
         raise ValueError("nothing stands before the open turn: give a context that is not empty")
-    if any(turn.images for turn in turns):
-        return list(turns)
-    return [replace(turns[0], images=1), *turns[1:]]
+    return [replace(turns[0], images=count), *turns[1:]]
+
+
+def _dealt(trunk_of: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Deals texts to rows: those of a trunk to one row, or to several where they are long.
+
+    Args:
+        trunk_of, lengths: each text's trunk, and how much of it is to be read, at least a token.
+
+    Returns:
+        The numbers of each row's texts, in the order of the trunks; the rows of a trunk are of like
+        length.
+    """
+    texts_of: dict[int, list[int]] = {}
+    for text, trunk in enumerate(trunk_of):
+        texts_of.setdefault(trunk, []).append(text)
+    rows: list[list[int]] = []
+    for _, texts in sorted(texts_of.items()):
+        total = sum(lengths[text] for text in texts)
+        count, start = math.ceil(total / ROW), 0
+        of_trunk: list[list[int]] = [[] for _ in range(count)]
+        for text in texts:
+            middle = start + lengths[text] / 2
+            of_trunk[int(middle * count / total)].append(text)
+            start += lengths[text]
+        rows += filter(None, of_trunk)
+    return rows
