@@ -71,5 +71,6 @@ TASK = Task(
     read_questions=read_llava_questions,
     judge=judge,
     summarize=summarize,
+    unit="image",
     options=(Option("--reviews", "stored reviews to score, ours or published", kind=str),),
 )

@@ -120,6 +120,7 @@ TASK = Task(
     read_questions=read_llava_questions,
     judge=judge,
     summarize=summarize,
+    unit="image",
     submission="JSON object: answers by id, for the online evaluator and the official script",
     submit=submit,
     prepare=prepare,

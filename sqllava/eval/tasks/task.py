@@ -93,7 +93,7 @@ class Task:
         judge: answers and annotations -> items, one for each thing that is scored.
         summarize: items and options -> metrics.
         resample: the same for the bootstrap, where it must be quicker; None takes `summarize`.
-        unit: the field of the items that are drawn together in the bootstrap.
+        unit: the field that items drawn together in the bootstrap share; without it, each alone.
         submit: writes what the benchmark's server wants.
         submission_suffix: the ending of that file's name.
         prepare: (download, question file, options) -> questions written.
