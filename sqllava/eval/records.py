@@ -50,6 +50,14 @@ class Question:
         return self.image is not None or self.image_base64 is not None
 
 
+class MissingAnswersError(ValueError):
+    """Some answers are not there, which --allow-missing forgives; `count` says how many."""
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+
 class NoAnswersError(ValueError):
     """The annotations hold no right answers: only the benchmark's server can score them."""
 
@@ -147,6 +155,7 @@ def join(
     expected: Iterable[Key],
     key: Callable[[Row], Key],
     allow_missing: bool = False,
+    forgiving: str = "scores them as the benchmark scores no answer",
 ) -> dict[Key, Row | None]:
     """Finds the answer to each expected key: never by position.
 
@@ -154,9 +163,11 @@ def join(
         expected: the keys of the annotations, each once.
         key: an answer's key.
         allow_missing: give None where there is no answer, in place of an error.
+        forgiving: what the flag does with them, for the error's sentence.
 
     Raises:
-        ValueError: an answer is missing, there twice, or to a question that was not asked.
+        MissingAnswersError: an answer is missing.
+        ValueError: an answer is there twice, or to a question that was not asked.
     """
     wanted = list(expected)
     doubled = [name for name, times in Counter(wanted).items() if times > 1]
@@ -170,9 +181,10 @@ def join(
         found[name] = row
     missing = [name for name in wanted if name not in found]
     if missing and not allow_missing:
-        raise ValueError(
+        raise MissingAnswersError(
             f"{len(missing)} of {len(wanted)} answers are missing: {_named(missing)} "
-            "(--allow-missing scores them as the benchmark scores no answer)"
+            f"(--allow-missing {forgiving})",
+            len(missing),
         )
     strange = sorted(set(found) - set(wanted), key=repr)
     if strange:

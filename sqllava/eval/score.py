@@ -5,14 +5,16 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sqllava.eval.metrics.judged import COUNTED
 from sqllava.eval.records import (
     Metrics,
+    MissingAnswersError,
     NoAnswersError,
     Row,
     failures,
@@ -27,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 PERCENTILES = (2.5, 97.5)
 JUDGED = ("reviews", "grades")
+LEFT_OUT = {
+    "missing": "have no answer, review or grade",
+    "failed": "were not judged: no reply, or none that could be read",
+}
 
 
 @dataclass
@@ -112,20 +118,36 @@ def score(
     }
     counts: Row = {"answers": len(rows), "failed_images": failures(rows)}
     try:
-        items = task.judge(inputs)
+        items, missing = _judged(task, inputs)
     except NoAnswersError as error:
         return _submitted(task, inputs, submission, str(error), counts, settings)
     for item in items:
         item["unit"] = _unit(item, task.unit)
     metrics = task.summarize(items, options)
-    if "failed" in metrics:
-        counts["failed"] = metrics.pop("failed")
-    counts = {"items": len(items), **counts}
+    counts = {"items": len(items), "missing": missing, **counts}
+    counts |= {name: metrics.pop(name) for name in COUNTED if name in metrics}
+    _tell_what_is_left_out(task, counts)
     if resamples:
         metrics["intervals_95"] = intervals(task, items, options, resamples)
     if questions is not None:
         _add_pictures(items, task, questions)
     return Score(task.name, metrics, counts, settings, items)
+
+
+def _judged(task: Task, inputs: Inputs) -> tuple[list[Row], int]:
+    """The items, and how many answers are missing: as many as --allow-missing had to forgive."""
+    try:
+        return task.judge(replace(inputs, allow_missing=False)), 0
+    except MissingAnswersError as error:
+        if not inputs.allow_missing:
+            raise
+        return task.judge(inputs), error.count
+
+
+def _tell_what_is_left_out(task: Task, counts: Row) -> None:
+    for name, what in LEFT_OUT.items():
+        if counts.get(name):
+            logger.warning("%s: %d of the items %s", task.name, counts[name], what)
 
 
 def _submitted(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sqllava.conversation import IMAGE
+from sqllava.eval.metrics.judged import READINGS
 from sqllava.eval.records import Metrics, Question, Row, read_jsonl
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -60,6 +61,17 @@ class Option:
     @property
     def name(self) -> str:
         return self.flag.lstrip("-").replace("-", "_")
+
+
+# For tasks that score a judge's stored replies.
+LEFT_OUT = "leaves them out of the means and counts them"
+READING = Option(
+    "--reading",
+    "how a judge's replies are read: tolerantly, or only as the official parser reads them",
+    READINGS[0],
+    READINGS,
+    str,
+)
 
 
 @dataclass(frozen=True)
