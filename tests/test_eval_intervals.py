@@ -116,7 +116,12 @@ def test_captions_keep_the_weights_of_the_whole_set_in_a_resample():
         {"question_id": str(n), "rouge_l": 0.5, "cider": float(n), "domain": None} for n in range(3)
     ]
     found = get_task("coco").resample([items[2]] * 3 + [items[0]], {})
-    assert found["cider"] == 1.5
+    assert (found["cider"], found["by_domain"]) == (1.5, {})
+    for item, domain in zip(items, ("in-domain", "in-domain", "out-domain"), strict=True):
+        item |= {"domain": domain, "cider_in_domain": 2 * item["cider"]}
+    found = intervals(get_task("nocaps"), items * 10, {}, 50)
+    low, high = found["by_domain"]["in-domain"]["cider"]
+    assert 0 <= low < 1 < high <= 2 and found["by_domain"]["out-domain"]["cider"] == [4.0, 4.0]
 
 
 def test_parts_of_a_score_have_intervals_under_their_own_names():
