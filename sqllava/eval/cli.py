@@ -1,7 +1,6 @@
 """`sqllava eval`: list, check and prepare benchmarks; run, score, judge, compare and report."""
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 from sqllava.cli import Parser
 from sqllava.eval import selfq
-from sqllava.eval.records import Row, read_jsonl, write_json, write_jsonl
+from sqllava.eval.records import Row, read_jsonl, to_json, write_json, write_jsonl
 from sqllava.eval.tasks import TASKS, get_task
 from sqllava.eval.tasks.published import PUBLISHED
 from sqllava.eval.tasks.task import Option, Task
@@ -83,7 +82,7 @@ def _options(task: Task, args: argparse.Namespace, field: str) -> Row:
 
 
 def _tell(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    sys.stdout.write(to_json(value) + "\n")
 
 
 # --- list and check -------------------------------------------------------------------------------

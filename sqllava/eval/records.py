@@ -7,6 +7,7 @@ and its annotation into an item, and items into metrics.
 import base64
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -134,8 +135,22 @@ def write_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+def to_json(value: Any) -> str:
+    """A value as people read it; what is no finite number (NaN, which is not JSON) is null."""
+    return json.dumps(finite(value), ensure_ascii=False, indent=1)
+
+
+def finite(value: Any) -> Any:
+    """The same value, with None in the place of NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, to_json(value) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -144,7 +159,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def line(row: Mapping[str, Any]) -> str:
     """A row as a JSON line, escaped: no tool shall take a character for a line break."""
-    return json.dumps(row) + "\n"
+    return json.dumps(finite(row)) + "\n"
 
 
 # --- joins ----------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def headline(task: Task, metrics: Row) -> float | None:
     value: Any = metrics
     for key in task.headline:
         value = value.get(key) if isinstance(value, dict) else None
-    return None if value is None else value * task.scale
+    return value * task.scale if _is_number(value) else None
 
 
 def score(
