@@ -256,6 +256,23 @@ def test_a_server_that_is_not_there_is_named(bench):
         review(bench, "http://127.0.0.1:9", "--retries", "0")
 
 
+def test_a_key_or_an_address_that_cannot_be_is_refused(bench, monkeypatch):
+    with pytest.raises(SystemExit, match="begins with http:// or https://, found 'localhost:80'"):
+        review(bench, "localhost:80")
+    for key in ("ключ", "sk-1\nsk-2"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(SystemExit, match="holds characters that no key has"):
+            review(bench, "http://127.0.0.1:9")
+
+
+def test_half_a_character_in_an_answer_can_be_sent(bench):
+    task = get_task("llavabench")
+    write_answers(bench.parent / "a.jsonl", task, bench / "questions.jsonl", ["a \ud83d dog"])
+    with server(lambda *_: (200, completion("8 9"))) as (address, asked):
+        review(bench, address)
+    assert "a ? dog" in asked[0]["messages"][1]["content"]
+
+
 def test_text_in_parts_is_a_reply(bench):
     parts = completion([{"type": "text", "text": "8 "}, {"type": "text", "text": "9\n"}])
     with server(lambda *_: (200, parts)) as (address, _):

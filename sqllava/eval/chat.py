@@ -104,8 +104,15 @@ class Judge:
             import openai
         except ImportError:
             raise RuntimeError("no openai: pip install 'sqllava[eval]'") from None
-        if not os.environ.get("OPENAI_API_KEY", "").strip():
+        key = os.environ.get("OPENAI_API_KEY", "")
+        if not key.strip():
             raise ValueError("the judge's key is not in $OPENAI_API_KEY")
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                "$OPENAI_API_KEY holds characters that no key has: is it cut or pasted?"
+            )
+        if base_url is not None and not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"--base-url begins with http:// or https://, found {base_url!r}")
         self.model = model
         self.parameters = parameters
         self._openai = openai
@@ -119,12 +126,16 @@ class Judge:
         Raises:
             JudgeError: it failed, or came back without a text; a sentence says why.
         """
+        messages = [
+            {name: _encodable(text) for name, text in message.items()}
+            for message in request.messages
+        ]
         async with self._slots:
             while True:
                 sent = self.parameters.of(request)
                 try:
                     done = await self._client.chat.completions.create(
-                        model=self.model, messages=cast(Any, list(request.messages)), **sent
+                        model=self.model, messages=cast(Any, messages), **sent
                     )
                 except self._openai.APIStatusError as error:
                     if not self._gives_up(error, sent, request):
@@ -154,6 +165,11 @@ class Judge:
         if isinstance(error, self._openai.APIConnectionError):
             return f"cannot reach {self._client.base_url}: {error.__cause__ or error}"
         return f"the reply is no chat completion ({error})"
+
+
+def _encodable(text: str) -> str:
+    """A text as it can be sent: half a character, as a "\\ud83d" in JSON, is a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 _ADVICE = {
