@@ -1,7 +1,10 @@
 """Caption metrics against the numbers that pycocoevalcap and aac-metrics print."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +78,52 @@ def test_published_cleaning(caption, cleaned):
     assert captions.clean_caption(caption, 50) == cleaned
 
 
+# Captions whose tokens depend on what the tokenizer finds after them in its file.
+NASTY = (
+    {
+        "1": ["This is bus no.", "2 dogs"],
+        "2": ["A flag of the U.S.", "The flag of the U.S", "Dr.", "Smith etc."],
+        "3": ["It's 5 a.m.", "''quoted'' ``words``", "wait...", "... . . ."],
+        "4": ["日本 J.", "<b> a | b ||| c", "50% & $5.99 1/2", "line\nbreak", "“smart” … — no"],
+        "5": ["", "sign no.", "1"],
+    },
+    {
+        "1": "This is sign no.",
+        "2": "12 people",
+        "3": "A train at 5 p.m.",
+        "4": "<a tag> || and a ||| b\nc",
+        "5": "Sign no.",
+    },
+)
+
+
+@pytest.mark.slow
+def test_tokens_are_those_of_the_official_tool_which_sees_each_side_by_itself():
+    """The package's own wrapper, one run for the references and one for the candidates."""
+    items = captions.caption_items(*NASTY)
+    references, candidates = NASTY
+    official = official_tokens(references, {name: [text] for name, text in candidates.items()})
+    assert {item["image"]: item["reference_tokens"] for item in items} == official[0]
+    assert {item["image"]: [item["tokens"]] for item in items} == official[1]
+    # Side by side in one file they are other tokens.
+    mixed = java.ptb_tokenize({name: [candidates[name], *references[name]] for name in references})
+    assert [tokens[0] for tokens in mixed.values()] != [item["tokens"] for item in items]
+
+
+def test_a_caption_does_not_see_the_other_side():
+    items = captions.caption_items({"1": ["2 dogs"], "2": ["a dog"]}, {"1": "bus no.", "2": "cat"})
+    assert [item["tokens"] for item in items] == ["bus no", "cat"]  # before a number: "no."
+    items = captions.caption_items({"1": ["bus no."], "2": ["cat"]}, {"1": "2 dogs", "2": "3"})
+    assert [item["reference_tokens"] for item in items] == [["bus no"], ["cat"]]
+
+
+def test_half_characters_and_no_captions_at_all():
+    items = captions.caption_items({"1": ["a \ud83d dog", ""]}, {"1": ""})
+    assert (items[0]["tokens"], items[0]["reference_tokens"]) == ("", ["a dog", ""])
+    with pytest.raises(ValueError, match="no picture with captions"):
+        captions.caption_items({}, {})
+
+
 def rounded(values, digits=6):
     return [round(value, digits) for value in values]
 
@@ -106,6 +155,13 @@ def test_an_empty_caption_is_scored():
 
 def test_one_image_has_no_cider():
     assert captions.plain_metrics({"1": ["a dog"]}, {"1": "a dog"})[0]["cider"] == 0
+
+
+@pytest.mark.parametrize("said", ["", "a dog"])
+def test_references_without_a_word_are_scored_zero(said):
+    metrics, each = captions.plain_metrics({"1": [""], "2": ["", ""]}, {"1": said, "2": "x"})
+    assert metrics["cider"] == 0 and each["cider"] == {"1": 0, "2": 0}
+    assert metrics["bleu_1"] == pytest.approx(0)
 
 
 METEOR_VECTORS = """
@@ -150,31 +206,32 @@ def test_raw_captions_in_both_modes(mode, expected):
     assert {"cider", "rouge_l", "meteor", "bleu_4"} <= set(items[0])
 
 
-@pytest.mark.slow
-def test_tokens_equal_those_of_the_packages_own_wrapper(tmp_path):
-    """Its wrapper, run in a copy of the package that it may write into, with Java on the path."""
+def official_tokens(*sets):
+    """What the package's own tokenizer, with Java on the path, makes of each set."""
     script = (
         "import json, sys\n"
         "from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer\n"
-        "texts = json.loads(sys.argv[1])\n"
-        "rows = {str(n): [{'caption': text}] for n, text in enumerate(texts)}\n"
-        "print(json.dumps(PTBTokenizer().tokenize(rows)))\n"
+        "for texts in json.loads(sys.argv[1]):\n"
+        "    rows = {k: [{'caption': text} for text in v] for k, v in texts.items()}\n"
+        "    print('TOKENS', json.dumps(PTBTokenizer().tokenize(rows)))\n"
     )
-    import json
-    import os
-    from pathlib import Path
-
-    texts = [text for text, _ in TOKENS if not set(text) & set("\r\v\f\u2028\u2029")][:-1]
     path = f"{Path(java.java_path()).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(texts)],
+        [sys.executable, "-c", script, json.dumps(sets)],
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
         check=True,
     )
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    assert theirs == java.ptb_tokenize({str(n): [text] for n, text in enumerate(texts)})
+    told = [row.removeprefix("TOKENS ") for row in done.stdout.splitlines() if "TOKENS" in row]
+    return [json.loads(row) for row in told]
+
+
+@pytest.mark.slow
+def test_tokens_equal_those_of_the_packages_own_wrapper():
+    texts = [text for text, _ in TOKENS if not set(text) & set("\r\v\f\u2028\u2029")][:-1]
+    captions_by_image = {str(n): [text] for n, text in enumerate(texts)}
+    assert official_tokens(captions_by_image) == [java.ptb_tokenize(captions_by_image)]
 
 
 def test_spice_says_which_jars_are_missing(tmp_path):

@@ -269,6 +269,128 @@ def test_llavabench_reviews(reply, scores):
     assert judged.parse_review(reply) == scores
 
 
+@pytest.mark.parametrize(
+    ("reply", "scores"),
+    [
+        (reply, [8, 9])
+        for reply in (
+            "8 9\nreason",
+            "8, 9",
+            " 8 9 \nreason",
+            "8\t9",
+            "8  9",
+            "**8** **9**\nreason",
+            "8/10 9/10",
+            "8/10, 9 / 10.",
+            "(8, 9)",
+            "8 | 9",
+            "8 and 9",
+            "\n\n8 9",
+            "```\n8 9\n```\nreason",
+            "<think>\nThe first has 3 faults: 5 7\n</think>\n8 9\nreason",
+            "It begins without the mark, 1 2</think>8 9",
+            "Scores: 8 9",
+            "Here are the scores:\n\n8 9\nreason",
+            "Assistant 1: 8\nAssistant 2: 9\nreason",
+            "**Assistant 1:** 8/10, **Assistant 2:** 9/10",
+        )
+    ]
+    + [
+        (reply, [-1, -1])
+        for reply in (
+            "80 90",
+            "11 9",
+            "8 -9",
+            "nan nan",
+            "inf inf",
+            "8",
+            "8/10",
+            "8 9 7",
+            "8 9 in my opinion",
+            "I give 8 and 9",
+            "The first of 2 answers is good.\n8 9",
+            "Assistant 2: 9\nAssistant 1: 8",
+            "Assistant 1: 8",
+            "<think>8 9",
+            "I'm sorry, but I can't help with that.",
+            "",
+        )
+    ],
+)
+def test_reviews_are_read_tolerantly_and_within_ten(reply, scores):
+    assert judged.read_review(reply) == scores
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [("0.5", 0.5), ("**0.5**", 0.5), ("Correctness: 0.5", 0.5), ("1.0.", 1.0), (" 0.5", 0.5)]
+    + [("0.5\n\nBecause", 0.5), (".5", 0.5), ("<think>1.0</think>\n0.5", 0.5), ("1", 1.0)]
+    + [(reply, None) for reply in ("50%", "1/2", "0,5", "5", "1.5", "-0.5", "nan", "<think>1", "")],
+)
+def test_grades_are_read_tolerantly(reply, score):
+    assert judged.read_grade(reply) == score
+
+
+PARTS = st.sampled_from(
+    [*"0123456789 .,/-*`#:()|\n\t", "10", "<think>", "</think>", "Assistant 1", "and", "nan", "1e9"]
+)
+
+
+@given(st.lists(PARTS, max_size=12).map("".join))
+def test_whatever_a_judge_says_is_scores_in_range_or_none(reply):
+    scores = judged.read_review(reply)
+    assert scores == judged.FAILED_REVIEW or all(0 <= score <= 10 for score in scores)
+    official = judged.parse_review(reply)
+    if official != judged.FAILED_REVIEW:
+        assert scores in (official, judged.FAILED_REVIEW)
+    grade = judged.read_grade(reply)
+    assert grade is None or 0 <= grade <= 1
+    if judged.parse_grade(reply) is not None:
+        assert grade == judged.parse_grade(reply)
+
+
+def test_a_long_reply_is_read_at_once():
+    assert judged.read_review("8" + " " * 20_000 + "x") == judged.FAILED_REVIEW
+    assert judged.read_review("x" * 20_000 + " 1: 8 x") == judged.FAILED_REVIEW
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(st.fixed_dictionaries({}, optional={"tuple": JSON, "content": JSON, "official_tuple": JSON}))
+def test_a_stored_review_of_another_form_is_refused_in_words(review):
+    for reading in judged.READINGS:
+        try:
+            scores = judged.review_scores(review, reading)
+        except ValueError:
+            continue
+        assert scores is None or all(0 <= score <= 10 for score in scores)
+
+
+def test_stored_reviews_are_read_as_asked():
+    published = {"tuple": [-1, -1], "content": "8, 9\nreason"}
+    assert judged.review_scores(published) == [8, 9]
+    assert judged.review_scores(published, "official") is None
+    assert judged.review_scores({"tuple": [80.0, 90.0], "content": "80 90"}) is None
+    assert judged.review_scores({"tuple": [80.0, 90.0], "content": "80 90"}, "official") is None
+    assert judged.review_scores({"content": "8 9"}, "official") == [8, 9]
+
+
+def test_a_run_of_mmvet_without_a_grade_has_no_figure_and_is_in_no_mean():
+    items = [
+        {"capability": ["ocr"], "scores": [0.5, None]},
+        {"capability": ["math"], "scores": [None, None]},
+    ]
+    figures = judged.mmvet_metrics(items)
+    assert (figures["total"], figures["std"], figures["runs"]) == (50.0, 0.0, [50.0, None])
+    assert figures["by_capability"] == {"ocr": 50.0, "math": None}
+    assert figures["failed"] == 3
+
+
 def test_llavabench_rounds_where_the_tool_rounds():
     rows = [(8.8, 4.63), (8.8, 4.63), (8.801, 4.6285)]
     items = [{"category": "detail", "reference": ref, "candidate": said} for ref, said in rows] + [

@@ -1,16 +1,16 @@
 """`sqllava eval`: list, check and prepare benchmarks; run, score, judge, compare and report."""
 
 import argparse
-import json
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sqllava.cli import Parser
 from sqllava.eval import selfq
-from sqllava.eval.records import Row, read_jsonl, write_json, write_jsonl
+from sqllava.eval.records import Row, read_jsonl, to_json, write_json, write_jsonl
 from sqllava.eval.tasks import TASKS, get_task
 from sqllava.eval.tasks.published import PUBLISHED
 from sqllava.eval.tasks.task import Option, Task
@@ -82,7 +82,7 @@ def _options(task: Task, args: argparse.Namespace, field: str) -> Row:
 
 
 def _tell(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    sys.stdout.write(to_json(value) + "\n")
 
 
 # --- list and check -------------------------------------------------------------------------------
@@ -244,7 +244,11 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--submission", type=Path, help="for a server: by default beside --answers")
     parser.add_argument("--allow-missing", action="store_true", help="score a missing one as none")
     parser.add_argument(
-        "--bootstrap", type=int, default=0, metavar="N", help="95 %% intervals from N resamples"
+        "--bootstrap",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="95 %% intervals from N resamples",
     )
     parser.set_defaults(command=score)
 
@@ -312,10 +316,23 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="reviews or grades to write")
     parser.add_argument("--judge", help="model name (by default the published judge's)")
     parser.add_argument("--base-url", help="of an OpenAI-compatible server ($OPENAI_BASE_URL)")
-    parser.add_argument("--runs", type=int, default=1, help="MM-Vet: grades per answer")
-    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--runs", type=at_least(1), default=1, help="MM-Vet: grades per answer")
+    parser.add_argument("--concurrency", type=at_least(1), default=8)
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one request")
-    parser.add_argument("--retries", type=int, default=5, help="of a request that fails")
+    parser.add_argument("--retries", type=at_least(0), default=5, help="of a request that fails")
+    parser.add_argument("--max-tokens", type=at_least(1), help="of a reply (the published limit)")
+    parser.add_argument(
+        "--max-tokens-name",
+        choices=("max_tokens", "max_completion_tokens"),
+        default="max_tokens",
+        help="what the server calls that limit; another name is tried where it is refused",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=temperature,
+        default="published",
+        help="in place of the published one; none: do not send it, as where it is refused",
+    )
     parser.add_argument("--price-in", type=float, default=0.0, help="$ per million tokens sent")
     parser.add_argument("--price-out", type=float, default=0.0, help="$ per million tokens written")
     parser.add_argument("--estimate", action="store_true", help="only say what it would cost")
@@ -323,10 +340,42 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def judge(args: argparse.Namespace) -> None:
-    """Asks the judge; the key is in $OPENAI_API_KEY."""
+    """Asks the judge; the key is in $OPENAI_API_KEY.
+
+    Raises:
+        RuntimeError: nothing usable came of all that was asked.
+    """
     from sqllava.eval.judge import judge_task
 
-    _tell(judge_task(args))
+    told = judge_task(args)
+    _tell(told)
+    if told.get("failed") and told["failed"] == told["asked"]:
+        name, reason = next(iter(told["failures"].items()))
+        raise RuntimeError(f"all {told['failed']} requests failed; question {name}: {reason}")
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A flag's type: a whole number that is not lower."""
+
+    def number(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"a whole number of {lowest} or more, not {text!r}")
+        return int(text)
+
+    return number
+
+
+def temperature(text: str) -> float | str | None:
+    """A flag's type: a temperature; "published" as it is, and None for "none"."""
+    if text in ("none", "published"):
+        return None if text == "none" else text
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number of 0 or more, or none, not {text!r}")
+    return value
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:

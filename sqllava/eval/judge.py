@@ -1,7 +1,7 @@
 """The judge of open answers: an OpenAI-compatible server -> reviews (LLaVA-Bench), grades (MM-Vet).
 
-Replies are kept word for word as they come; a killed run goes on with what is missing. A request
-that fails for good is counted, and no number stands in for it.
+Replies are kept word for word as they come; a run goes on with what is missing or could not be
+read. What fails for good is counted and named, and no number stands in for it.
 """
 
 import argparse
@@ -10,16 +10,23 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tqdm import tqdm
 
-from sqllava.eval.metrics.judged import FAILED_REVIEW, parse_grade, parse_review
+from sqllava.eval.chat import Judge, JudgeError, Parameters, Reply, Request
+from sqllava.eval.metrics.judged import (
+    FAILED_REVIEW,
+    parse_grade,
+    parse_review,
+    read_grade,
+    read_review,
+    review_scores,
+)
 from sqllava.eval.records import (
     Row,
     by_question_id,
@@ -30,8 +37,9 @@ from sqllava.eval.records import (
     read_jsonl,
     text_of,
     write_json,
+    write_jsonl,
 )
-from sqllava.eval.tasks import mmvet
+from sqllava.eval.tasks import llavabench, mmvet
 
 logger = logging.getLogger(__name__)
 
@@ -45,74 +53,64 @@ REVIEWER = "You are a helpful and precise assistant for checking the quality of 
 REVIEW_TOKENS = 1024
 GRADE_TOKENS = 3
 GRADE_TRIES = 5
+REVIEW_TRIES = 3
 ASK_FOR_DIGIT = "\nPredict the correctness of the answer (digit): "
 
 
-class JudgeError(RuntimeError):
-    """The judge gave no reply, after all retries."""
-
-
 @dataclass(frozen=True)
-class Request:
-    """One message to the judge."""
+class Verdict:
+    """What came of one thing that was asked: why its reply could not be read, if so."""
 
-    messages: Sequence[Mapping[str, str]]
-    max_tokens: int
-    temperature: float
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back, and which model said it."""
-
-    text: str
-    model: str
+    unreadable: str | None = None
+    tolerated: bool = False
 
 
-class Judge:
-    """A chat model behind an OpenAI-compatible server.
+@dataclass
+class Outcome:
+    """How a run of the judge went.
 
-    Args:
-        model: its name there.
-        base_url: the server; $OPENAI_BASE_URL, or OpenAI's own. The key is in $OPENAI_API_KEY.
-        retries: of a request that the server refuses, drops or stalls on, with growing pauses.
+    Attributes:
+        asked: things that were not there yet.
+        tolerated: replies that only the tolerant reading could read.
+        unreadable: replies that could not be read; they count as failed too.
+        failures: what has no score now, and why; a next run asks for these again.
     """
 
-    def __init__(
-        self, model: str, base_url: str | None, timeout: float, retries: int, concurrency: int
-    ) -> None:
+    asked: int
+    tolerated: int = 0
+    unreadable: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> Row:
+        return {"failed": len(self.failures), **asdict(self)}
+
+
+async def _all(one: Callable[[Any], Awaitable[Verdict]], names: Sequence[Any]) -> Outcome:
+    """Runs a coroutine for each name, under a progress bar."""
+
+    async def counted(name: Any) -> Verdict | JudgeError:
         try:
-            import openai
-        except ImportError:
-            raise RuntimeError("no openai: pip install 'sqllava[eval]'") from None
-        if "OPENAI_API_KEY" not in os.environ:
-            raise ValueError("the judge's key is not in $OPENAI_API_KEY")
-        self.model = model
-        self._failure = openai.OpenAIError
-        self._client = openai.AsyncOpenAI(base_url=base_url, timeout=timeout, max_retries=retries)
-        self._slots = asyncio.Semaphore(concurrency)
+            return await one(name)
+        except JudgeError as error:
+            return error
+        finally:
+            bar.update()
 
-    async def ask(self, request: Request) -> Reply:
-        """Sends one request.
-
-        Raises:
-            JudgeError: it failed, or came back without a text.
-        """
-        async with self._slots:
-            try:
-                done = await self._client.chat.completions.create(
-                    model=self.model,
-                    messages=cast(Any, list(request.messages)),
-                    max_tokens=request.max_tokens,
-                    temperature=request.temperature,
-                )
-                text = done.choices[0].message.content
-            # A server that answers nonsense makes the client stumble in many ways.
-            except (self._failure, ValueError, TypeError, AttributeError, LookupError) as error:
-                raise JudgeError(f"{type(error).__name__}: {error}") from None
-        if not isinstance(text, str):
-            raise JudgeError("the reply holds no text")
-        return Reply(text, str(getattr(done, "model", self.model)))
+    with tqdm(total=len(names), desc="judge", unit="reply", mininterval=1.0) as bar:
+        verdicts = await asyncio.gather(*(counted(name) for name in names))
+    outcome = Outcome(len(names))
+    for name, verdict in zip(names, verdicts, strict=True):
+        shown = name if isinstance(name, str) else f"{name[0]}, run {name[1] + 1}"
+        if isinstance(verdict, JudgeError):
+            outcome.failures[shown] = str(verdict)
+        elif verdict.unreadable:
+            outcome.failures[shown] = verdict.unreadable
+            outcome.unreadable += 1
+        else:
+            outcome.tolerated += verdict.tolerated
+    for name, reason in outcome.failures.items():
+        logger.warning("question %s: %s", name, reason)
+    return outcome
 
 
 # --- LLaVA-Bench ----------------------------------------------------------------------------------
@@ -134,15 +132,29 @@ def review_requests(answers: Sequence[Row], folder: Path, rules: Path) -> dict[s
     """What to ask about each question, by id: the request and the review's other fields.
 
     The benchmark's three files are joined by id, not line by line.
+
+    Raises:
+        ValueError: a question, context or rule is not there or not of the published form.
     """
-    questions = {str(row["question_id"]): row for row in read_jsonl(folder / "questions.jsonl")}
-    reference = join(read_jsonl(folder / "answers_gpt4.jsonl"), questions, by_question_id)
+    path = folder / "questions.jsonl"
+    questions = {
+        str(row["question_id"]): row
+        for row in _rows_with(path, "question_id", "category", "image", "text")
+    }
+    reference = join(read_answers(folder / "answers_gpt4.jsonl"), questions, by_question_id)
     ours = join(answers, questions, by_question_id)
-    contexts = {row["image"]: row["caption"] for row in read_jsonl(folder / "context.jsonl")}
-    rule_of = read_json(rules)
+    contexts = {
+        row["image"]: row["caption"]
+        for row in _rows_with(folder / "context.jsonl", "image", "caption")
+    }
+    rule_of = read_rules(rules)
     requests = {}
     for number, (name, question) in enumerate(questions.items(), 1):
         category = f"llava_bench_{question['category']}"
+        if question["image"] not in contexts:
+            raise ValueError(f"{folder / 'context.jsonl'} has nothing on {question['image']!r}")
+        if category not in rule_of:
+            raise ValueError(f"{rules} has no rule {category!r} for question {name}")
         caption = contexts[question["image"]]
         context = "\n".join(caption) if isinstance(caption, list) else caption
         both = [text_of(reference[name]), text_of(ours[name])]
@@ -157,44 +169,99 @@ def review_requests(answers: Sequence[Row], folder: Path, rules: Path) -> dict[s
     return requests
 
 
+def _rows_with(path: Path, *fields: str) -> list[Row]:
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        lacking = [field for field in fields if row.get(field) is None]
+        if lacking:
+            raise ValueError(f"{path}, record {number} has no {lacking[0]}, found {list(row)}")
+    return rows
+
+
+def read_rules(path: Path) -> dict[str, Row]:
+    """LLaVA-Bench's rules by category, of a rule.json.
+
+    Raises:
+        ValueError: there are none, or one has no role and prompt.
+    """
+    rules = read_json(path)
+    found = {
+        name: rule
+        for name, rule in (rules.items() if isinstance(rules, dict) else ())
+        if name.startswith("llava_bench_")
+    }
+    if not found:
+        raise ValueError(f"{path} has no rule of LLaVA-Bench (llava_bench_conv, ...)")
+    for name, rule in found.items():
+        for part in ("role", "prompt"):
+            if not isinstance(rule, dict) or not isinstance(rule.get(part), str):
+                raise ValueError(f"{path}, {name}: a rule needs a {part}, found {rule!r:.60}")
+    return found
+
+
 def review_prompt_is_published(rules: Path) -> bool:
     """Whether all three rules have the published text."""
-    texts = [row["prompt"] for name, row in read_json(rules).items() if "llava_bench" in name]
-    return bool(texts) and all(_sha256(text) == PROMPT_SHA256["llavabench"] for text in texts)
+    texts = [rule["prompt"] for rule in read_rules(rules).values()]
+    return all(_sha256(text) == PROMPT_SHA256["llavabench"] for text in texts)
 
 
-async def review(judge: Judge, requests: Mapping[str, Row], out: Path) -> int:
-    """Asks for the reviews that are missing in a file, and appends them.
+async def review(judge: Judge, requests: Mapping[str, Row], out: Path) -> Outcome:
+    """Asks for the reviews that are missing in a file or hold no scores, and writes them there.
 
-    Returns:
-        How many requests failed; they are asked again in a next run.
+    A reply without scores is asked for again, REVIEW_TRIES times in a run; the last is kept.
     """
-    done = {str(row["question_id"]) for row in _whole_rows(out)}
+    stored = _stored_reviews(out)
+    unreadable = {
+        name: row for name, row in stored.items() if name in requests and not review_scores(row)
+    }
+    if unreadable:
+        write_jsonl(out, [row for name, row in stored.items() if name not in unreadable])
+    asked = [name for name in requests if name not in stored or name in unreadable]
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8", newline="\n") as file:
 
-        async def one(name: str) -> None:
+        async def one(name: str) -> Verdict:
             fields = dict(requests[name])
-            reply = await judge.ask(fields.pop("request"))
-            scores = parse_review(reply.text)
-            if scores == FAILED_REVIEW:
-                logger.warning("question %s: no two scores in %.60r", name, reply.text)
-            row = {**fields, "content": reply.text, "tuple": scores, **_signed(reply)}
-            file.write(line(row))
-            file.flush()
+            request = fields.pop("request")
+            row = unreadable.get(name)
+            try:
+                for _ in range(REVIEW_TRIES):
+                    row = _reviewed(await judge.ask(request), fields)
+                    if row["tuple"] != FAILED_REVIEW:
+                        break
+            finally:
+                if row is not None:
+                    file.write(line(row))
+                    file.flush()
+            assert row is not None  # something was asked, and came back
+            if row["tuple"] == FAILED_REVIEW:
+                return Verdict(f"no two scores of 0 to 10 in {row['content']!r:.60}")
+            return Verdict(tolerated=row["official_tuple"] == FAILED_REVIEW)
 
-        return await _all(one, [name for name in requests if name not in done])
+        return await _all(one, asked)
 
 
-def _whole_rows(path: Path) -> list[Row]:
-    """The rows of a file, after cutting off the torn line that a kill may have left."""
+def _reviewed(reply: Reply, fields: Row) -> Row:
+    """A review's row: the published fields, and what the official parser makes of the reply."""
+    return {
+        **fields,
+        "content": reply.text,
+        "tuple": read_review(reply.text),
+        "official_tuple": parse_review(reply.text),
+        "judge": reply.model,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _stored_reviews(path: Path) -> dict[str, Row]:
+    """The reviews of a file by question, after cutting off the torn line that a kill may leave."""
     if not path.is_file():
-        return []
+        return {}
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         path.write_bytes(whole)
-    return read_jsonl(path)
+    return {str(row["question_id"]): row for row in llavabench.read_reviews(path)}
 
 
 # --- MM-Vet ---------------------------------------------------------------------------------------
@@ -205,10 +272,16 @@ def read_grading_prompt(path: Path) -> str:
     content = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         return content
-    for node in ast.parse(content).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "prompt":
-            return str(ast.literal_eval(node.value))
-    raise ValueError(f"{path} has no `prompt = ...`")
+    try:
+        script = ast.parse(content)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is no Python script ({error})") from None
+    for node in script.body:
+        named = isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "prompt"
+        value = getattr(getattr(node, "value", None), "value", None)
+        if named and isinstance(value, str):
+            return value
+    raise ValueError(f"{path} has no `prompt = ...` with a string")
 
 
 def grade_request(prompt: str, entry: Row, prediction: str, tries: int = 0) -> Request:
@@ -222,13 +295,14 @@ def grade_request(prompt: str, entry: Row, prediction: str, tries: int = 0) -> R
 
 
 async def grade_once(judge: Judge, prompt: str, entry: Row, prediction: str) -> Row:
-    """One grade; after five unreadable replies the score is None: failed."""
+    """One grade, as both parsers read it; after five unreadable replies the score is None."""
     for tries in range(GRADE_TRIES):
         reply = await judge.ask(grade_request(prompt, entry, prediction, tries))
-        score = parse_grade(reply.text)
+        score = read_grade(reply.text)
         if score is not None:
             break
-    return {"content": reply.text, "score": score, "model": reply.model}
+    official = parse_grade(reply.text)
+    return {"model": reply.model, "content": reply.text, "score": score, "official": official}
 
 
 async def grade(
@@ -238,56 +312,32 @@ async def grade(
     predictions: Mapping[str, str],
     runs: int,
     out: Path,
-) -> int:
-    """Asks for the grades that are missing in a file, in the official form.
-
-    Returns:
-        How many grades there are not, for want of a reply or of a number in it; a next run asks for
-        them again.
-    """
-    grades: dict[str, Row] = read_json(out) if out.is_file() else {}
+) -> Outcome:
+    """Asks for the grades that are missing in a file or hold no score, in the official form."""
+    grades = mmvet.read_grades(out) if out.is_file() else {}
     missing = []
     for name in entries:
-        row = grades.setdefault(name, {"model": [], "content": [], "score": []})
+        row = grades.setdefault(name, {name: [] for name in mmvet.GRADE_FIELDS})
         for values in row.values():
             values += [None] * (runs - len(values))
         missing += [(name, run) for run in range(runs) if row["score"][run] is None]
 
-    async def one(place: tuple[str, int]) -> None:
+    async def one(place: tuple[str, int]) -> Verdict:
         name, run = place
         found = await grade_once(judge, prompt, entries[name], predictions[name])
-        for field, value in found.items():
-            grades[name][field][run] = value
+        for part, value in found.items():
+            grades[name][part][run] = value
         write_json(out, grades)
+        if found["score"] is None:
+            return Verdict(f"no score of 0 to 1 in {found['content']!r:.60}")
+        return Verdict(tolerated=found["official"] is None)
 
-    await _all(one, missing)
+    outcome = await _all(one, missing)
     write_json(out, grades)
-    return sum(score is None for row in grades.values() for score in row["score"])
+    return outcome
 
 
-# --- both -----------------------------------------------------------------------------------------
-
-
-async def _all(one: Callable[[Any], Awaitable[None]], names: Sequence[Any]) -> int:
-    """Runs a coroutine for each name, under a progress bar; counts those whose judge failed."""
-    failed = 0
-
-    async def counted(name: Any) -> None:
-        nonlocal failed
-        try:
-            await one(name)
-        except JudgeError as error:
-            failed += 1
-            logger.warning("%s: %s", name, error)
-        bar.update()
-
-    with tqdm(total=len(names), desc="judge", unit="reply", mininterval=1.0) as bar:
-        await asyncio.gather(*(counted(name) for name in names))
-    return failed
-
-
-def _signed(reply: Reply) -> Row:
-    return {"judge": reply.model, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+# --- the command ----------------------------------------------------------------------------------
 
 
 def _sha256(text: str) -> str:
@@ -309,40 +359,68 @@ def estimate(requests: Sequence[Request], price_in: float, price_out: float) -> 
 
 
 def judge_task(args: argparse.Namespace) -> Row:
-    """`sqllava eval judge`: says what it will cost, asks, and says how it went."""
+    """`sqllava eval judge`: says what it will cost, asks, and says how it went.
+
+    Raises:
+        ValueError: files do not belong together, or replies to something else are stored already.
+    """
+    if args.task == "llavabench" and args.runs != 1:
+        raise ValueError("--runs is MM-Vet's: a review of LLaVA-Bench is asked for once")
     answers = read_answers(args.answers)
     model = args.judge or PUBLISHED_JUDGES[args.task]
     if args.task == "llavabench":
         requests = review_requests(answers, args.annotations, args.prompts)
         published = review_prompt_is_published(args.prompts)
-        all_requests = [row["request"] for row in requests.values()]
+        each = [row["request"] for row in requests.values()]
     else:
         entries = mmvet.read_entries(args.annotations)
         found = join(answers, entries, mmvet.entry_id)
         predictions = {name: text_of(row) for name, row in found.items()}
         prompt = read_grading_prompt(args.prompts)
         published = _sha256(prompt) == PROMPT_SHA256["mmvet"]
-        all_requests = args.runs * [
-            grade_request(prompt, entry, predictions[name]) for name, entry in entries.items()
-        ]
+        each = [grade_request(prompt, entry, predictions[name]) for name, entry in entries.items()]
+    parameters = Parameters(args.max_tokens_name, args.max_tokens, args.temperature)
     told: Row = {
         "task": args.task,
         "judge": model,
-        "estimate": estimate(all_requests, args.price_in, args.price_out),
-        "comparable": published and model == PUBLISHED_JUDGES[args.task],
+        "asked_sha256": _sha256(json.dumps([list(request.messages) for request in each])),
+        "estimate": estimate(each * args.runs, args.price_in, args.price_out),
+        "parameters": asdict(parameters),
+        "comparable": published
+        and model == PUBLISHED_JUDGES[args.task]
+        and parameters.are_published,
     }
     logger.info("about %s", told["estimate"])
     if not told["comparable"]:
-        logger.warning("not comparable with published figures: another judge or prompt")
+        logger.warning("not comparable with published figures: another judge, prompt or parameters")
     if args.estimate:
         return told
+    header = args.out.with_name(f"{args.out.stem}.header.json")
+    _go_on_with(args.out, header, told)
 
-    async def ask() -> int:
-        judge = Judge(model, args.base_url, args.timeout, args.retries, args.concurrency)
+    async def ask() -> Outcome:
+        judge = Judge(
+            model, args.base_url, args.timeout, args.retries, args.concurrency, parameters
+        )
+        write_json(header, told)
         if args.task == "llavabench":
             return await review(judge, requests, args.out)
         return await grade(judge, prompt, entries, predictions, args.runs, args.out)
 
-    told["failed"] = asyncio.run(ask())
-    write_json(args.out.with_name(f"{args.out.stem}.header.json"), told)
+    outcome = asyncio.run(ask())
+    # What the judge refused has been given up meanwhile.
+    told["parameters"] = asdict(parameters)
+    told["comparable"] = told["comparable"] and parameters.are_published
+    told |= outcome.as_json()
+    write_json(header, told)
     return told
+
+
+def _go_on_with(out: Path, header: Path, told: Row) -> None:
+    """Checks that stored replies are of this judge, and about these answers; they make it all
+    incomparable if they are."""
+    before = read_json(header) if out.is_file() and header.is_file() else {}
+    for name, what in (("judge", "of another judge"), ("asked_sha256", "to other answers")):
+        if before.get(name, told[name]) != told[name]:
+            raise ValueError(f"{out} holds replies {what}: give another --out, or remove it")
+    told["comparable"] = told["comparable"] and before.get("comparable", True)

@@ -7,6 +7,7 @@ and its annotation into an item, and items into metrics.
 import base64
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -48,6 +49,14 @@ class Question:
     @property
     def has_image(self) -> bool:
         return self.image is not None or self.image_base64 is not None
+
+
+class MissingAnswersError(ValueError):
+    """Some answers are not there, which --allow-missing forgives; `count` says how many."""
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
 
 
 class NoAnswersError(ValueError):
@@ -126,8 +135,22 @@ def write_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+def to_json(value: Any) -> str:
+    """A value as people read it; what is no finite number (NaN, which is not JSON) is null."""
+    return json.dumps(finite(value), ensure_ascii=False, indent=1)
+
+
+def finite(value: Any) -> Any:
+    """The same value, with None in the place of NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, to_json(value) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -136,7 +159,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def line(row: Mapping[str, Any]) -> str:
     """A row as a JSON line, escaped: no tool shall take a character for a line break."""
-    return json.dumps(row) + "\n"
+    return json.dumps(finite(row)) + "\n"
 
 
 # --- joins ----------------------------------------------------------------------------------------
@@ -147,6 +170,7 @@ def join(
     expected: Iterable[Key],
     key: Callable[[Row], Key],
     allow_missing: bool = False,
+    forgiving: str = "scores them as the benchmark scores no answer",
 ) -> dict[Key, Row | None]:
     """Finds the answer to each expected key: never by position.
 
@@ -154,9 +178,11 @@ def join(
         expected: the keys of the annotations, each once.
         key: an answer's key.
         allow_missing: give None where there is no answer, in place of an error.
+        forgiving: what the flag does with them, for the error's sentence.
 
     Raises:
-        ValueError: an answer is missing, there twice, or to a question that was not asked.
+        MissingAnswersError: an answer is missing.
+        ValueError: an answer is there twice, or to a question that was not asked.
     """
     wanted = list(expected)
     doubled = [name for name, times in Counter(wanted).items() if times > 1]
@@ -170,9 +196,10 @@ def join(
         found[name] = row
     missing = [name for name in wanted if name not in found]
     if missing and not allow_missing:
-        raise ValueError(
+        raise MissingAnswersError(
             f"{len(missing)} of {len(wanted)} answers are missing: {_named(missing)} "
-            "(--allow-missing scores them as the benchmark scores no answer)"
+            f"(--allow-missing {forgiving})",
+            len(missing),
         )
     strange = sorted(set(found) - set(wanted), key=repr)
     if strange:

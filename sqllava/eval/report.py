@@ -7,14 +7,13 @@ and report.html, which holds its pictures.
 import base64
 import html
 import io
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sqllava.data.images import ImageError, load_image, resolve_image
-from sqllava.eval.records import Row, read_json, read_jsonl, write_json, write_text
+from sqllava.eval.records import Row, read_json, read_jsonl, to_json, write_json, write_text
 from sqllava.eval.score import headline
 from sqllava.eval.tasks import TASKS
 from sqllava.eval.tasks.published import PUBLISHED
@@ -41,9 +40,10 @@ def write_report(results: Path, out: Path, data: Path | None = None) -> str:
 
     Raises:
         FileNotFoundError: there are no scores.
+        ValueError: a file is none of `score`; the message says which.
     """
     scores = {
-        name: read_json(results / f"{name}.score.json")
+        name: read_score(results / f"{name}.score.json")
         for name in TASKS
         if (results / f"{name}.score.json").is_file()
     }
@@ -63,15 +63,40 @@ def write_report(results: Path, out: Path, data: Path | None = None) -> str:
     return table
 
 
+def read_score(path: Path) -> Row:
+    """A score's file, as `score --out` and `run` write it.
+
+    Raises:
+        ValueError: it has no metrics, counts and settings.
+    """
+    score = read_json(path)
+    for name in ("metrics", "counts", "settings"):
+        if not isinstance(score, dict) or not isinstance(score.get(name), dict):
+            raise ValueError(f"{path}: a score needs an object {name}: `sqllava eval score --out`")
+    return score
+
+
+def _run_of(score: Row) -> Row:
+    """What the run recorded that made the answers; nothing for answers from elsewhere."""
+    run = score["settings"].get("run")
+    return run if isinstance(run, dict) else {}
+
+
+def _left_out(counts: Row) -> int:
+    """How many items have no part in the figure, or stand in it as no answer."""
+    return sum(counts.get(name) or 0 for name in ("missing", "failed", "failed_images"))
+
+
 def _row(task: Task, score: Row) -> Row:
     published = PUBLISHED.get(task.name, {})
     return {
         "task": task.name,
         "title": task.title,
         "metric": "/".join(task.headline) + " %" * (task.scale == 100),
-        "model": score["settings"]["run"].get("model_id"),
+        "model": _run_of(score).get("model_id"),
         "ours": headline(task, score["metrics"]),
         "items": score["counts"].get("items"),
+        "left_out": _left_out(score["counts"]),
         **{name: published.get(name) for name in COLUMNS},
     }
 
@@ -79,7 +104,8 @@ def _row(task: Task, score: Row) -> Row:
 def _cells(row: Row) -> list[str]:
     figures = (row[name] for name in ("ours", *COLUMNS))
     shown = ["" if value is None else f"{value:.1f}" for value in figures]
-    return [row["title"], row["metric"], *shown, str(row["items"] or "")]
+    items = str(row["items"] or "") + f" ({row['left_out']} without)" * bool(row["left_out"])
+    return [row["title"], row["metric"], *shown, items]
 
 
 HEADINGS = ("benchmark", "figure", "ours", *COLUMNS, "items")
@@ -104,12 +130,11 @@ def _html_table(rows: Sequence[Row]) -> str:
 
 def _section(task: Task, score: Row, items: Path, data: Path | None) -> str:
     """A task's part of the page: its figures, its settings and examples."""
-    folder = score["settings"]["run"].get("images")
+    folder = _run_of(score).get("images")
     images = Path(folder) if folder else data and data / task.layout.folder / task.layout.images
     shown = examples(read_jsonl(items)) if items.is_file() else []
     cards = "".join(_card(item, images) for item in shown)
-    numbers = json.dumps(score["metrics"], indent=1, ensure_ascii=False)
-    settings = json.dumps(score["settings"], indent=1, ensure_ascii=False)
+    numbers, settings = to_json(score["metrics"]), to_json(score["settings"])
     return (
         f'<section id="{task.name}"><h2>{html.escape(task.title)}</h2>'
         f"<p>{html.escape(task.metric)}</p>"
@@ -121,12 +146,16 @@ def _section(task: Task, score: Row, items: Path, data: Path | None) -> str:
 
 def examples(items: Sequence[Row], count: int = EXAMPLES) -> list[Row]:
     """A few items spread over the file, wrong ones and right ones by turns."""
-    right = [item for item in items if item.get("score", 0) > 0.5]
-    wrong = [item for item in items if item.get("score", 0) <= 0.5]
+    right = [item for item in items if _is_right(item)]
+    wrong = [item for item in items if not _is_right(item)]
     half = count // 2
     taken = [_spread(wrong, max(half, count - len(right))), _spread(right, half)]
     longest = max(map(len, taken))
     return [group[i] for i in range(longest) for group in taken if i < len(group)][:count]
+
+
+def _is_right(item: Row) -> bool:
+    return (item.get("score") or 0) > 0.5
 
 
 def _spread(items: Sequence[Row], count: int) -> list[Row]:
@@ -138,8 +167,8 @@ def _card(item: Row, images: Path | None) -> str:
     answers = item.get("answers") or item.get("answer") or ""
     truth = " | ".join(dict.fromkeys(answers)) if isinstance(answers, list) else str(answers)
     said = item.get("said", item.get("prediction")) or "(nothing)"
-    verdict = "right" if item.get("score", 0) > 0.5 else "wrong"
-    if "score" not in item:
+    verdict = "right" if _is_right(item) else "wrong"
+    if item.get("score") is None:
         verdict = "open"
     return (
         f'<figure class="{verdict}">{_picture(item, images)}<figcaption>'

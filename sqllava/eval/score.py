@@ -1,21 +1,23 @@
 """Answers and annotations -> one JSON object of metrics, with intervals and comparisons."""
 
+import json
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sqllava.eval.metrics.judged import COUNTED
 from sqllava.eval.records import (
     Metrics,
+    MissingAnswersError,
     NoAnswersError,
     Row,
     failures,
-    grouped,
     mean,
     read_answers,
     read_json,
@@ -27,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 PERCENTILES = (2.5, 97.5)
 JUDGED = ("reviews", "grades")
+LEFT_OUT = {
+    "missing": "have no answer, review or grade",
+    "failed": "were not judged: no reply, or none that could be read",
+}
 
 
 @dataclass
@@ -68,7 +74,7 @@ def headline(task: Task, metrics: Row) -> float | None:
     value: Any = metrics
     for key in task.headline:
         value = value.get(key) if isinstance(value, dict) else None
-    return None if value is None else value * task.scale
+    return value * task.scale if _is_number(value) else None
 
 
 def score(
@@ -112,18 +118,36 @@ def score(
     }
     counts: Row = {"answers": len(rows), "failed_images": failures(rows)}
     try:
-        items = task.judge(inputs)
+        items, missing = _judged(task, inputs)
     except NoAnswersError as error:
         return _submitted(task, inputs, submission, str(error), counts, settings)
+    for item in items:
+        item["unit"] = _unit(item, task.unit)
     metrics = task.summarize(items, options)
-    if "failed" in metrics:
-        counts["failed"] = metrics.pop("failed")
-    counts = {"items": len(items), **counts}
+    counts = {"items": len(items), "missing": missing, **counts}
+    counts |= {name: metrics.pop(name) for name in COUNTED if name in metrics}
+    _tell_what_is_left_out(task, counts)
     if resamples:
         metrics["intervals_95"] = intervals(task, items, options, resamples)
     if questions is not None:
         _add_pictures(items, task, questions)
     return Score(task.name, metrics, counts, settings, items)
+
+
+def _judged(task: Task, inputs: Inputs) -> tuple[list[Row], int]:
+    """The items, and how many answers are missing: as many as --allow-missing had to forgive."""
+    try:
+        return task.judge(replace(inputs, allow_missing=False)), 0
+    except MissingAnswersError as error:
+        if not inputs.allow_missing:
+            raise
+        return task.judge(inputs), error.count
+
+
+def _tell_what_is_left_out(task: Task, counts: Row) -> None:
+    for name, what in LEFT_OUT.items():
+        if counts.get(name):
+            logger.warning("%s: %d of the items %s", task.name, counts[name], what)
 
 
 def _submitted(
@@ -151,20 +175,49 @@ def _add_pictures(items: list[Row], task: Task, questions: Path) -> None:
 def intervals(
     task: Task, items: Sequence[Row], options: Mapping[str, Any], resamples: int, seed: int = 0
 ) -> dict[str, Any]:
-    """95 % bootstrap intervals of the metrics that are single numbers, by percentiles.
+    """95 % bootstrap intervals of the metrics, by percentiles, under the metrics' own names.
 
-    What belongs together (a picture's questions, a question's turns) is drawn together.
+    What belongs together (a picture's questions, a question's turns) is drawn together, and drawn
+    twice it counts twice. A group that a resample does not hold has no figure there. Counts, which
+    are whole numbers, have no interval.
     """
     summarize = task.resample or task.summarize
-    units = [group for _, group in grouped(items, task.unit)]
+    units = _units(items, task.unit)
     rng = random.Random(seed)
-    drawn: dict[str, list[float]] = {}
+    drawn: dict[tuple[str, ...], list[float]] = {}
     for _ in range(resamples):
         sample = [item for unit in rng.choices(units, k=len(units)) for item in unit]
-        for name, value in summarize(sample, options).items():
-            if isinstance(value, int | float):
-                drawn.setdefault(name, []).append(value)
-    return {name: _percentiles(values) for name, values in drawn.items() if name != "failed"}
+        for path, value in _figures(summarize(sample, options)):
+            drawn.setdefault(path, []).append(value)
+    found: dict[str, Any] = {}
+    for (*parents, name), values in drawn.items():
+        place = found
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = _percentiles(values)
+    return found
+
+
+def _unit(item: Row, field: str) -> str:
+    """What an item is drawn by: the value of a field, or its own id where there is none."""
+    value = item.get(field)
+    return str(item["question_id"] if value is None else value)
+
+
+def _units(items: Sequence[Row], field: str) -> list[list[Row]]:
+    units: dict[str, list[Row]] = {}
+    for item in items:
+        units.setdefault(_unit(item, field), []).append(item)
+    return list(units.values())
+
+
+def _figures(metrics: Metrics, *path: str) -> Iterator[tuple[tuple[str, ...], float]]:
+    """The metrics that are fractional numbers, each with its path of names."""
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            yield from _figures(value, *path, name)
+        elif isinstance(value, float):
+            yield (*path, name), value
 
 
 def _percentiles(values: list[float]) -> list[float]:
@@ -177,11 +230,12 @@ def compare(
     """Compares two runs item by item.
 
     Args:
-        first, second: items of the same task, with a `score` each.
+        first, second: items of the same task, with a `score` each, and the `unit` with which they
+            are drawn (without one, each by itself).
 
     Returns:
         Means, the difference with its 95 % bootstrap interval, the items that only one got right,
-        and the two-sided sign test's probability of so uneven a split by chance.
+        and the two-sided sign test's probability of so uneven a split of items by chance.
 
     Raises:
         ValueError: the runs did not score the same things.
@@ -190,34 +244,56 @@ def compare(
     if ours.keys() != theirs.keys():
         odd = sorted(map(str, ours.keys() ^ theirs.keys()))
         raise ValueError(f"the runs differ in {len(odd)} items, such as {odd[0]}")
-    differences = [theirs[name] - ours[name] for name in ours]
+    differences = {name: theirs[name] - ours[name] for name in ours}
+    # Each unit's sum and size: the mean over the items of a sample of units.
+    units = [
+        (sum(differences[_name(item)] for item in unit), len(unit))
+        for unit in _units(first, "unit")
+    ]
     rng = random.Random(seed)
-    means = [mean(rng.choices(differences, k=len(differences))) for _ in range(resamples)]
+    means = [_pooled(rng.choices(units, k=len(units))) for _ in range(resamples if units else 0)]
     better = [name for name in ours if theirs[name] > ours[name]]
     worse = [name for name in ours if theirs[name] < ours[name]]
     return {
         "items": len(ours),
         "first": mean(ours.values()),
         "second": mean(theirs.values()),
-        "difference": mean(differences),
-        "interval_95": _percentiles(means) if differences else None,
+        "difference": mean(differences.values()),
+        "units": len(units),
+        "interval_95": _percentiles(means) if means else None,
         "better": [name[1] for name in better],
         "worse": [name[1] for name in worse],
         "sign_test_p": _sign_test(len(better), len(worse)),
     }
 
 
+def _pooled(units: Sequence[tuple[float, int]]) -> float:
+    return sum(total for total, _ in units) / sum(size for _, size in units)
+
+
+def _name(item: Row) -> tuple[str, str]:
+    """An item's (split, or question) and id: ids alone need not be unique."""
+    return str(item.get("split") or item.get("prompt") or ""), str(item["question_id"])
+
+
 def _scores(items: Sequence[Row]) -> dict[tuple[str, str], float]:
-    """Scores by (split or subtask, id and question): ids alone need not be unique."""
     scores: dict[tuple[str, str], float] = {}
-    for item in items:
-        if "score" not in item:
-            raise ValueError("these items have no single score to compare")
-        part = str(item.get("split") or item.get("prompt") or "")
-        scores[part, str(item["question_id"])] = item["score"]
-    if len(scores) != len(items):
-        raise ValueError("some items cannot be told apart")
+    for number, item in enumerate(items, 1):
+        score: Any = item.get("score")
+        if "question_id" not in item or not _is_number(score):
+            raise ValueError(
+                f"record {number}: an item to compare needs question_id and a number as its "
+                f"score, found {json.dumps(item)[:120]}"
+            )
+        name = _name(item)
+        if name in scores:
+            raise ValueError(f"record {number}: the item {name[1]!r} is there more than once")
+        scores[name] = float(score)
     return scores
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
 def _sign_test(better: int, worse: int) -> float:

@@ -46,18 +46,22 @@ def caption_items(
             for name, texts in references.items()
         }
         candidates = {name: clean_caption(text, max_words) for name, text in candidates.items()}
-    # The same, but from both sides in one run of Java, which takes a second to start.
-    tokenized = ptb_tokenize({name: [candidates[name], *references[name]] for name in references})
+    if not references:
+        raise ValueError("there is no picture with captions to score")
+    # Each in a run of its own, as the caption tool does: the tokenizer looks past a line's end, so
+    # that a caption's last full stop can depend on the caption after it.
+    golden = ptb_tokenize(references)
+    said = ptb_tokenize({name: [candidates[name]] for name in references})
     return [
         {
             "question_id": name,
             "image": name,
             "prediction": candidates[name],
             "answers": list(references[name]),
-            "tokens": tokens[0],
-            "reference_tokens": tokens[1:],
+            "tokens": said[name][0],
+            "reference_tokens": golden[name],
         }
-        for name, tokens in tokenized.items()
+        for name in references
     ]
 
 
@@ -86,7 +90,7 @@ def plain_metrics(
     """The metrics of tokenised captions that need no Java: the corpus', and each image's.
 
     CIDEr's weights come from the references of this very set, so that a subset's score is not the
-    mean of its part in a larger set; of one image it is 0.
+    mean of its part in a larger set; of one image it is 0, as of references without a word.
     """
     try:
         from pycocoevalcap.bleu.bleu import Bleu
@@ -100,7 +104,9 @@ def plain_metrics(
     with contextlib.redirect_stdout(io.StringIO()):  # the scorers print
         bleu, each_bleu = Bleu(4).compute_score(golden, said, verbose=0)
         rouge, each_rouge = Rouge().compute_score(golden, said)
-        cider, each_cider = Cider().compute_score(golden, said)
+        cider, each_cider = 0.0, [0.0] * len(names)
+        if any(text.split() for texts in golden.values() for text in texts):
+            cider, each_cider = Cider().compute_score(golden, said)
     metrics = {f"bleu_{n}": float(score) for n, score in enumerate(bleu, 1)}
     metrics |= {"rouge_l": float(rouge), "cider": float(cider)}
     each = {"bleu_4": each_bleu[3], "rouge_l": each_rouge, "cider": each_cider}

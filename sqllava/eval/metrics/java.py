@@ -80,17 +80,21 @@ def package_file(name: str) -> Path:
 
 
 def ptb_tokenize(captions: Captions) -> dict[str, list[str]]:
-    """Tokenises captions as the COCO caption tool does.
+    """Tokenises captions as the COCO caption tool does, in one file with a line each.
+
+    The tokenizer looks past a line's end ("no." keeps its full stop before a number), so that the
+    tokens are the tool's own only for what it has in one file: all references, or all candidates.
 
     Args:
-        captions: by image.
+        captions: by image, in the tool's order.
 
     Returns:
         The same, each caption as lower-case tokens joined by single spaces, without punctuation.
     """
     flat = [text.translate(_LINE_BREAKS) for texts in captions.values() for text in texts]
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="\n", suffix=".txt") as file:
-        file.write("\n".join(flat))
+    with tempfile.NamedTemporaryFile(suffix=".txt") as file:
+        # Half a character, as a "\\ud83d" in JSON, becomes a question mark, which is dropped.
+        file.write("\n".join(flat).encode("utf-8", "replace"))
         file.flush()
         done = subprocess.run(
             [java_path(), *_LOCALE, "-cp", str(package_file(_PTB_JAR))]
@@ -101,9 +105,10 @@ def ptb_tokenize(captions: Captions) -> dict[str, list[str]]:
     if done.returncode:
         raise RuntimeError(f"the PTB tokenizer failed: {done.stderr.decode(errors='replace')}")
     lines = done.stdout.decode("utf-8").split("\n")
-    lines += [""] * (len(flat) - len(lines))  # empty captions at the end print nothing
-    if any(lines[len(flat) :]):
+    printed = max((number for number, text in enumerate(flat, 1) if text.strip()), default=0)
+    if len(lines) < printed or any(lines[len(flat) :]):
         raise RuntimeError(f"the PTB tokenizer gave {len(lines)} lines for {len(flat)} captions")
+    lines += [""] * (len(flat) - len(lines))  # empty captions at the end print nothing
     tokenized = iter([_kept(text) for text in lines[: len(flat)]])
     return {name: [next(tokenized) for _ in texts] for name, texts in captions.items()}
 
@@ -140,11 +145,14 @@ def _hypothesis(text: str) -> str:
 
 
 def _ask(stdin: IO[str], stdout: IO[str], line: str) -> str:
-    stdin.write(line + "\n")
-    stdin.flush()
-    answer = stdout.readline()
+    try:
+        stdin.write(line + "\n")
+        stdin.flush()
+        answer = stdout.readline()
+    except BrokenPipeError:
+        answer = ""
     if not answer:
-        raise RuntimeError("METEOR ended before it answered")
+        raise RuntimeError("METEOR ended before it answered: it needs 2 GB of memory")
     return answer.strip()
 
 

@@ -1,6 +1,6 @@
 """Yes/no benchmarks: how POPE and MME read an answer, and the figures that follow."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sqllava.eval.records import Metrics, Row, grouped, mean
 
@@ -22,6 +22,7 @@ COGNITION = (
     "text_translation",
     "code_reasoning",
 )
+QUESTIONS_A_PICTURE = 2  # of MME
 
 
 def parse_pope(text: str) -> str:
@@ -81,7 +82,7 @@ def mme_metrics(items: Sequence[Row]) -> Metrics:
 
 def _subtask(items: Sequence[Row]) -> Metrics:
     acc = mean(item["score"] for item in items)
-    acc_plus = mean(all(item["score"] for item in pair) for _, pair in grouped(items, "image"))
+    acc_plus = mean(all(item["score"] for item in pair) for pair in _pairs(items))
     known = [item for item in items if item["prediction"] != "other"]
     figures = confusion((item["answer"], item["prediction"]) for item in known)
     return {
@@ -91,3 +92,13 @@ def _subtask(items: Sequence[Row]) -> Metrics:
         **{name: figures[name] for name in ("precision", "recall", "tp", "fp", "tn", "fn")},
         "other": len(items) - len(known),
     }
+
+
+def _pairs(items: Sequence[Row]) -> Iterator[list[Row]]:
+    """The two items of each picture; of a picture that a resample drew more than once, each copy.
+
+    The copies' items follow one another, so that two at a time belong together.
+    """
+    for _, group in grouped(items, "image"):
+        for start in range(0, len(group), QUESTIONS_A_PICTURE):
+            yield group[start : start + QUESTIONS_A_PICTURE]

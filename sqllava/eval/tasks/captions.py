@@ -157,15 +157,35 @@ def summarize(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:
     domains = dict(grouped(items, "domain"))
     if len(domains) > 1:
         metrics["by_domain"] = {
-            name: caption_metrics([dict(item) for item in group], folder)
-            for name, group in domains.items()
+            name: _domain_metrics(group, folder) for name, group in domains.items()
         }
     return metrics
 
 
+def _domain_metrics(items: Sequence[Row], spice_jars: Path | None) -> Metrics:
+    """A domain's scores by itself; each image's CIDEr within it goes into its item."""
+    alone = [dict(item) for item in items]
+    metrics = caption_metrics(alone, spice_jars)
+    for item, copy in zip(items, alone, strict=True):
+        item["cider_in_domain"] = copy["cider"]
+    return metrics
+
+
 def resample(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:
-    """The metrics that are means over pictures; BLEU and METEOR are not."""
-    return {name: mean(item[name] for item in items) for name in ("rouge_l", "cider")}
+    """The metrics that are means over pictures; BLEU and METEOR are not.
+
+    CIDEr's weights stay those of the whole set, or of the whole domain.
+    """
+    by_domain = {
+        name: {
+            "rouge_l": mean(item["rouge_l"] for item in group),
+            "cider": mean(item["cider_in_domain"] for item in group),
+        }
+        for name, group in grouped(items, "domain")
+        if "cider_in_domain" in group[0]
+    }
+    means = {name: mean(item[name] for item in items) for name in ("rouge_l", "cider")}
+    return {**means, "by_domain": by_domain}
 
 
 def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:

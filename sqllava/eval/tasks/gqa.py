@@ -125,6 +125,7 @@ TASK = Task(
     read_questions=read_llava_questions,
     judge=judge,
     summarize=summarize,
+    unit="image",
     submission="JSON list of {questionId, prediction}, the official script's input",
     submit=submit,
     prepare=prepare,

@@ -17,6 +17,8 @@ from sqllava.eval.records import (
 )
 from sqllava.eval.tasks.task import (
     EVAL_ZIP,
+    LEFT_OUT,
+    READING,
     File,
     Inputs,
     Layout,
@@ -28,11 +30,28 @@ from sqllava.eval.tasks.task import file_in as _file_in
 
 ANNOTATIONS = "mm-vet.json"
 PREFIX = "v1_"
+# Of each run; the official script knows all but the last, its own parser's verdict.
+GRADE_FIELDS = ("score", "content", "model", "official")
 
 
 def read_entries(path: Path) -> dict[str, Row]:
-    """The benchmark's questions by id ("v1_0")."""
-    return read_json(_file_in(path, ANNOTATIONS))
+    """The benchmark's questions by id ("v1_0").
+
+    Raises:
+        ValueError: an entry has no question, answer or capabilities; the message says which.
+    """
+    path = _file_in(path, ANNOTATIONS)
+    entries = read_json(path)
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: expected an object of questions by id")
+    kinds = {"question": str, "answer": str, "capability": list}
+    for name, entry in entries.items():
+        for field, kind in kinds.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+                raise ValueError(
+                    f"{path}, {name}: expected a {kind.__name__} as {field}, found {entry!r:.80}"
+                )
+    return entries
 
 
 def entry_id(row: Row) -> str:
@@ -42,27 +61,38 @@ def entry_id(row: Row) -> str:
 
 
 def judge(inputs: Inputs) -> list[Row]:
-    """One item per question, from stored grades.
+    """One item per question, from stored grades, in the order in which the official script adds.
+
+    A grade that is none stays None, or counts 0 as in the official script (--unreadable zero) where
+    the judge said something or the question is not in the file.
 
     Raises:
-        ValueError: no grades were given, or not each question has as many.
+        ValueError: no grades were given, they are not of the official form, not each question has
+            as many, or none is a number.
     """
     if not inputs.options.get("grades"):
         raise ValueError(
             "mmvet is scored from a judge's grades: make them with `sqllava eval judge mmvet`, or "
             "pass stored ones with --grades"
         )
-    entries = read_entries(inputs.annotations)
-    grades = [
-        {"id": name, **row} for name, row in read_json(Path(inputs.options["grades"])).items()
-    ]
-    found = join(grades, entries, lambda row: row["id"], inputs.allow_missing)
-    counts = {len(grade["score"]) for grade in grades}
+    entries, path = read_entries(inputs.annotations), Path(inputs.options["grades"])
+    grades = read_grades(path)
+    found = join(
+        [{**row, "id": name} for name, row in grades.items()],
+        entries,
+        lambda row: str(row["id"]),
+        inputs.allow_missing,
+        LEFT_OUT,
+    )
+    counts = {len(grade["score"]) for grade in grades.values()}
     if len(counts) > 1:
-        raise ValueError(f"not all questions have as many grades: found {sorted(counts)}")
+        raise ValueError(f"{path}: not all questions have as many grades: found {sorted(counts)}")
+    scores = "official" if inputs.options.get("reading") == "official" else "score"
+    if all(score is None for grade in grades.values() for score in grade[scores]):
+        raise ValueError(f"{path}: none of the grades of {len(grades)} questions is a number")
     answers = {entry_id(row): row for row in inputs.answers}
-    # In the grades' order, as the official script adds them up.
-    order = [grade["id"] for grade in grades if found[grade["id"]] is not None]
+    order = [*grades, *(name for name, grade in found.items() if grade is None)]
+    runs = counts.pop()
     return [
         {
             "question_id": name,
@@ -70,15 +100,64 @@ def judge(inputs: Inputs) -> list[Row]:
             "prompt": entries[name]["question"],
             "prediction": text_of(answers.get(name)),
             "answer": entries[name]["answer"],
-            "scores": (found[name] or {})["score"],
+            **_scores(grades.get(name), scores, runs, inputs.options.get("unreadable") == "zero"),
             "capability": entries[name]["capability"],
+            "missing": name not in grades,
         }
         for name in order
     ]
 
 
+def read_grades(path: Path) -> dict[str, Row]:
+    """Stored grades by question, in the official script's form.
+
+    Raises:
+        ValueError: a row is not {"model": [...], "content": [...], "score": [...]} with scores of 0
+            to 1 (null where the judge failed); the message says which.
+    """
+    grades = read_json(path)
+    if not isinstance(grades, dict):
+        raise ValueError(
+            f"{path}: expected an object of grades by id, found {type(grades).__name__}"
+        )
+    for name, row in grades.items():
+        if not isinstance(row, dict) or not isinstance(row.get("score"), list):
+            raise ValueError(f'{path}, {name}: expected {{"score": [...]}}, found {row!r:.60}')
+        for field in GRADE_FIELDS[1:]:
+            absent = row["score"] if field == "official" else [None] * len(row["score"])
+            values = row.setdefault(field, list(absent))
+            if not isinstance(values, list) or len(values) != len(row["score"]):
+                raise ValueError(f"{path}, {name}: not as many {field} as scores: {values!r:.60}")
+        for score in (*row["score"], *row["official"]):
+            if score is not None and not (type(score) in (int, float) and 0 <= score <= 1):
+                raise ValueError(f"{path}, {name}: a score is a number of 0 to 1, found {score!r}")
+    return grades
+
+
+def _scores(grade: Row | None, field: str, runs: int, as_zero: bool) -> Row:
+    """A question's scores by run, and in which of them a reply was unreadable or tolerated."""
+    if grade is None:
+        return {"scores": [0.0 if as_zero else None] * runs}
+    scores = grade[field]
+    unreadable = [
+        score is None and said is not None
+        for score, said in zip(scores, grade["content"], strict=True)
+    ]
+    return {
+        "scores": [
+            0.0 if as_zero and failed else score
+            for score, failed in zip(scores, unreadable, strict=True)
+        ],
+        "unreadable": unreadable,
+        "tolerated": [
+            score is not None and verdict is None
+            for score, verdict in zip(scores, grade["official"], strict=True)
+        ],
+    }
+
+
 def summarize(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:
-    """Percentages per capability and in total; failed grades are counted, in no mean."""
+    """Percentages per capability and in total; what has no grade is counted, in no mean."""
     return mmvet_metrics(items)
 
 
@@ -120,8 +199,20 @@ TASK = Task(
     read_questions=read_llava_questions,
     judge=judge,
     summarize=summarize,
+    unit="image",
     submission="JSON object: answers by id, for the online evaluator and the official script",
     submit=submit,
     prepare=prepare,
-    options=(Option("--grades", "stored grades to score, ours or published", kind=str),),
+    options=(
+        Option("--grades", "stored grades to score, ours or published", kind=str),
+        READING,
+        Option(
+            "--unreadable",
+            "a reply without a grade, or a question not in the file: left out of the means, as it "
+            "says nothing about the answer, or 0 as in the official script",
+            "leave-out",
+            ("leave-out", "zero"),
+            str,
+        ),
+    ),
 )

@@ -59,6 +59,7 @@ def _item(entry: Row, types: Mapping[int, str], row: Row | None) -> Row:
         "score": float(text_of(row) == entry["answer"]),
         "type": types[entry["question_type_id"]],
         "data_type": entry["data_type"],
+        "data_id": entry.get("data_id"),
     }
 
 
@@ -126,6 +127,7 @@ TASK = Task(
     read_questions=read_llava_questions,
     judge=judge,
     summarize=summarize,
+    unit="data_id",
     submission="JSON lines of {question_id, prediction}, in the annotations' order",
     submission_suffix=".jsonl",
     submit=submit,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sqllava.conversation import IMAGE
+from sqllava.eval.metrics.judged import READINGS
 from sqllava.eval.records import Metrics, Question, Row, read_jsonl
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -62,6 +63,17 @@ class Option:
         return self.flag.lstrip("-").replace("-", "_")
 
 
+# For tasks that score a judge's stored replies.
+LEFT_OUT = "leaves them out of the means and counts them"
+READING = Option(
+    "--reading",
+    "how a judge's replies are read: tolerantly, or only as the official parser reads them",
+    READINGS[0],
+    READINGS,
+    str,
+)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What is scored: answers and the benchmark's annotations.
@@ -93,7 +105,7 @@ class Task:
         judge: answers and annotations -> items, one for each thing that is scored.
         summarize: items and options -> metrics.
         resample: the same for the bootstrap, where it must be quicker; None takes `summarize`.
-        unit: the field of the items that are drawn together in the bootstrap.
+        unit: the field that items drawn together in the bootstrap share; without it, each alone.
         submit: writes what the benchmark's server wants.
         submission_suffix: the ending of that file's name.
         prepare: (download, question file, options) -> questions written.

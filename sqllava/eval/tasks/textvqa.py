@@ -114,6 +114,7 @@ TASK = Task(
     read_questions=read_llava_questions,
     judge=judge,
     summarize=summarize,
+    unit="image",
     prepare=prepare,
     prepare_options=(
         Option(

@@ -122,6 +122,7 @@ TASK = Task(
     read_questions=read_llava_questions,
     judge=judge,
     summarize=summarize,
+    unit="image_id",
     submission="JSON list of {question_id, answer}, for every question of test2015",
     submit=submit,
     prepare=prepare,
