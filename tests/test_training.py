@@ -23,6 +23,7 @@ from sqllava.model.adapters import (
 )
 from sqllava.train import run
 from sqllava.train.audit import GradientAudit, GradientAuditError
+from sqllava.train.rows import RowSampler
 from sqllava.train.trainer import COMPLETE, TooManyBadSamplesError, last_complete_checkpoint
 
 LORA = Lora(4, 8)
@@ -161,6 +162,58 @@ def test_accumulation_does_not_change_the_losses(mixed, tmp_path):
         )
     )
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=2e-5)
+
+
+def test_however_records_are_packed_the_losses_are_the_same(tmp_path):
+    """With all records in every step, so that the order does not matter; some cannot be read."""
+    records = json.loads(write_data(tmp_path / "all.json", "mixed", count=12).read_text())
+    records[3]["image"] = records[7]["image"] = "no-such.png"
+    data = tmp_path / "some.json"
+    data.write_text(json.dumps(records))
+    common = {
+        "lora_dropout": 0,
+        "lora_dropout_vit": 0,
+        "per_device_train_batch_size": 6,
+        "gradient_accumulation_steps": 2,
+        "bad_samples": "skip",
+        "eval_data_path": data,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "per_device_eval_batch_size": 5,
+    }
+    validated, logs = {}, {}
+    for pack in ("off", "rows", "shared"):
+        run.main(flags(2, data, tmp_path / pack, pack=pack, **common))
+        state = json.loads((tmp_path / pack / "trainer_state.json").read_text())
+        validated[pack] = [e["eval_loss"] for e in state["log_history"] if "eval_loss" in e]
+        logs[pack] = history(tmp_path / pack)
+    for pack in ("rows", "shared"):
+        assert losses(tmp_path / pack) == pytest.approx(losses(tmp_path / "off"), abs=1e-5)
+        assert validated[pack] == pytest.approx(validated["off"], abs=1e-5)
+        assert [e["bad_samples"] for e in logs[pack]] == [e["bad_samples"] for e in logs["off"]]
+    assert logs["shared"][0]["images_share"] < 1 == logs["rows"][0]["images_share"]
+    assert logs["shared"][0]["computed_share"] < 1 == logs["rows"][0]["computed_share"]
+    assert logs["off"][0]["computed_share"] > 1
+
+
+def test_a_run_of_several_ranks_resumes_in_the_order_of_its_epoch(mixed, tmp_path, monkeypatch):
+    """accelerate does not tell the epoch through the shards of a loader that skips batches."""
+    told = []
+    monkeypatch.setattr(RowSampler, "set_epoch", lambda self, epoch: told.append(epoch))
+    common = {"max_steps": 14, "save_strategy": "steps", "save_steps": 13}
+    run.main(flags(2, mixed, tmp_path, **common))
+    told.clear()
+    monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.set_epoch", lambda *_: None)
+    shutil.rmtree(tmp_path / "checkpoint-14", ignore_errors=True)
+    run.main(flags(2, mixed, tmp_path, **common))
+    assert told == [1]
+
+
+def test_rows_say_what_they_are_and_refuse_what_cannot_run_them(mixed, tmp_path, caplog):
+    with pytest.raises(SystemExit, match="--pack rows"):
+        run.main(flags(2, mixed, tmp_path, attn_implementation="flash_attention_2"))
+    with pytest.raises(SystemExit, match="needs --pack off"):
+        run.main(flags(2, mixed, tmp_path, accelerator_config='{"split_batches": true}'))
 
 
 def test_gradient_checkpointing_does_not_change_the_losses(mixed, tmp_path):

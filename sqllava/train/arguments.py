@@ -216,9 +216,9 @@ def report_meaningless(arguments: Arguments) -> None:
         logger.warning("--lazy_preprocess False has no effect: records are always read lazily")
     train, pack = arguments.train, arguments.pack
     if pack != "off" and (train.group_by_length or train.group_by_modality_length):
-        logger.warning(
-            "--group_by_length and --group_by_modality_length have no effect: with --pack %s there "
-            "is no padding, and ranks are level whatever their records (--pack off groups)",
+        logger.info(
+            "--group_by_length and --group_by_modality_length are for --pack off: with --pack %s "
+            "there is no padding, and ranks are level whatever their records",
             pack,
         )
     if arguments.data.data_aug:
