@@ -164,6 +164,11 @@ def build_config(
         select_layer=select_layer,
         **settings,
     )
+    if config.vision_feature_select_strategy == "full" and not config.class_tokens:
+        raise ValueError(
+            f"{vision_tower}: a tower of type {vision_config.model_type!r} has no class token that "
+            "cls_patch could keep: choose patch"
+        )
     config.image_seq_length = config.image_tokens
     return config
 

@@ -315,6 +315,9 @@ def published_config(config: SQLlavaConfig, select_layer: int, vision_tower: str
     text = config.text_config
     if text.model_type != "llama":
         raise ValueError(f"the published code knows Llama models only, not {text.model_type!r}")
+    if not config.vision_config.model_type.startswith("clip"):
+        tower = config.vision_config.model_type
+        raise ValueError(f"the published code knows CLIP towers only, not {tower!r}")
     if config.projector_type == "cluster_soft":
         raise ValueError("the published code has no 'cluster_soft' projector")
     options = {"centres": 256, "iterations": 2} | (config.projector_options or {})
