@@ -58,6 +58,7 @@ from sqllava.model.adapters import (
     lora_config,
     part_of,
     prepare_training,
+    skeleton,
 )
 from sqllava.model.card import RUN_FILE, model_card, training_facts
 from sqllava.model.config import SQLlavaConfig
@@ -175,7 +176,7 @@ def _write_ours(source: Path, layout: Layout, folder: Path, options: Options) ->
         return
     _, config, processor, adapter = _open(source, options)
     training = Training(vision_lora=adapter.vision_lora, language_lora=adapter.language_lora)
-    peft_config = lora_config(training)
+    peft_config = lora_config(skeleton(config), training)
     peft_config.inference_mode = True
     peft_config.save_pretrained(str(folder))
     save_file(
@@ -275,9 +276,7 @@ class _Whole:
 
 
 def _shapes(config: SQLlavaConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        model = SQLlavaForConditionalGeneration(config)
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    shapes = {name: value.shape for name, value in skeleton(config).state_dict().items()}
     if config.text_config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes

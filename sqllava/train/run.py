@@ -74,7 +74,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         start_from_stage1(arguments, trained)
     if zero_stage(arguments.train) == 3:
         gather_by_layer(trained)
-    audit = GradientAudit(trained, learning_rates(arguments.train))
+    audit = GradientAudit(trained, learning_rates(arguments.train), arguments.training)
     logger.info("what trains:\n%s", audit.table())
     trainer = build_trainer(arguments, trained, processor, dataset, audit)
     trainer.train(resume_from_checkpoint=find_checkpoint(arguments))
