@@ -28,6 +28,7 @@ from sqllava.checkpoint.parts import (
     load_language_model,
     load_tokenizer,
     load_tower,
+    projector_of,
     read_projector,
     read_vision_config,
     vision_config_of,
@@ -176,11 +177,7 @@ def build_config(
 def _brings_projector(language_model: str, config: SQLlavaConfig) -> bool:
     if not is_ours(language_model):
         return False
-    own = config_dict(language_model)
-    return (own["projector_type"], own["projector_options"] or {}) == (
-        config.projector_type,
-        config.projector_options or {},
-    )
+    return projector_of(config_dict(language_model)) == projector_of(config.to_dict())
 
 
 @contextlib.contextmanager

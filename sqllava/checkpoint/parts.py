@@ -3,7 +3,7 @@ tower, projector, tokenizer, and their configurations. Every name in the files i
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +21,19 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import cached_file
 
-from sqllava.checkpoint.published import is_published, llama_config, our_name, resolve
+from sqllava.checkpoint.published import (
+    is_published,
+    llama_config,
+    our_name,
+    resolve,
+    settings_of,
+)
 from sqllava.checkpoint.weights import has_weights, open_tensors, weight_names
 from sqllava.encoding import add_image_token
 from sqllava.errors import raise_faults
 from sqllava.model.adapters import part_of
 from sqllava.model.config import SQLlavaConfig, cut_vision_config
+from sqllava.model.projector import whole_options
 from sqllava.model.tower import tower_end
 
 logger = logging.getLogger(__name__)
@@ -273,6 +280,13 @@ def load_tokenizer(language_model: str) -> PreTrainedTokenizerBase:
     )
     add_image_token(tokenizer)
     return tokenizer
+
+
+def projector_of(config: Mapping[str, Any]) -> tuple[str, dict[str, int]]:
+    """The projector that a config.json names, ours or published, with its options."""
+    settings = settings_of(config) if is_published(config) else config
+    kind = settings["projector_type"]
+    return kind, whole_options(kind, settings["projector_options"])
 
 
 def read_projector(path: str) -> dict[str, torch.Tensor]:

@@ -3,7 +3,13 @@
 from pathlib import Path
 from typing import cast
 
-from sqllava.checkpoint.parts import read_projector, vision_config_of
+from sqllava.checkpoint.parts import (
+    config_dict,
+    projector_names,
+    projector_of,
+    read_projector,
+    vision_config_of,
+)
 from sqllava.checkpoint.published import PROJECTOR_FILE, read_published_adapter
 from sqllava.checkpoint.weights import has_weights
 from sqllava.model.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, Adapter, read_adapter
@@ -36,3 +42,32 @@ def read_stage1(path: Path, config: SQLlavaConfig) -> Adapter:
         f"{path}: neither {ADAPTER_WEIGHTS} nor {PROJECTOR_FILE} is there; "
         "stage 1 (scripts/pretrain_clu.sh) writes the first"
     )
+
+
+def read_own_projector(base: str, config: SQLlavaConfig) -> Adapter | None:
+    """Reads the trained projector that a base brings along: LLaVA's, or a whole model's of ours.
+
+    Args:
+        base: folder or id of the language model.
+        config: of the model that it goes into.
+
+    Returns:
+        The projector; None if the base has none.
+
+    Raises:
+        ValueError: it is not of the model's type.
+    """
+    if not projector_names(base):
+        return None
+    own, wanted = projector_of(config_dict(base)), projector_of(config.to_dict())
+    if own != wanted:
+        raise ValueError(
+            f"{base} has a trained projector of type {_named(own)}, not {_named(wanted)}"
+        )
+    state = {PEFT_PREFIX + name: value for name, value in read_projector(base).items()}
+    return Adapter(state, None, None, base)
+
+
+def _named(projector: tuple[str, dict[str, int]]) -> str:
+    kind, options = projector
+    return " ".join([kind, *(f"{name}={value}" for name, value in options.items())])
