@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from sqllava.checkpoint.weights import has_weights
 from sqllava.data.dataset import InstructionDataset
 from sqllava.data.sampler import GroupedSampler
 from sqllava.model.adapters import adapter_state, save_adapter
@@ -75,6 +76,16 @@ class SQLlavaTrainer(Trainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """The schedule, in shares of each part's own rate."""
+        inner = cast(Any, getattr(optimizer or self.optimizer, "optimizer", None))
+        if inner is not None and not hasattr(inner, "defaults"):
+            # DeepSpeed's wrapper lacks what some schedules read of the optimiser within.
+            inner.defaults = inner.optimizer.defaults
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self,
@@ -148,6 +159,9 @@ class SQLlavaTrainer(Trainer):
         """Saves an adapter directory (or the whole model, where all of it trains)."""
         if not isinstance(self.model, PeftModel):
             super().save_model(output_dir, _internal_call)
+            folder = Path(output_dir or cast(str, self.args.output_dir))
+            if self.args.should_save and not has_weights(folder):
+                raise RuntimeError(f"{folder}: the model was saved without its weights")
             return
         state = adapter_state(self.model)
         if self.args.should_save:
