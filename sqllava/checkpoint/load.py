@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sqllava.checkpoint.base import check_base
 from sqllava.checkpoint.parts import (
     config_dict,
     from_pretrained,
@@ -292,7 +293,7 @@ def describe(parts: Parts) -> tuple[SQLlavaConfig, SQLlavaProcessor]:
 def open_adapter(
     folder: Path, config: SQLlavaConfig, vision_tower: str, vit_lora: str | None = None
 ) -> Adapter:
-    """Reads an adapter, ours or published, and checks that it fits a model.
+    """Reads an adapter, ours or published, and checks that it fits a model and its base.
 
     Args:
         config: the model's.
@@ -300,8 +301,10 @@ def open_adapter(
         vit_lora: a published folder with the tower's LoRA, in place of the adapter's own.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape, by their names.
+        ValueError: tensors are missing, unexpected or of another shape, by their names; or the base
+            gives tokens other ids than training did.
     """
+    check_base(folder, config)
     if layout_of(folder) == "adapter":
         adapter = read_adapter(folder)
         check_adapter(adapter, config)
@@ -434,7 +437,9 @@ def load_base(
 ) -> SQLlavaForConditionalGeneration:
     """The model under an adapter directory, for `PeftModel.from_pretrained`."""
     parts = parts_of(Path(folder), base, vision_tower)
-    return assemble(parts.language_model, parts.vision_tower, dtype=dtype, **parts.settings)[0]
+    model, _ = assemble(parts.language_model, parts.vision_tower, dtype=dtype, **parts.settings)
+    check_base(Path(folder), model.config)
+    return model
 
 
 # What an adapter's config says about the model around its parts.

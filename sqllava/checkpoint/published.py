@@ -21,7 +21,6 @@ from sqllava.model.adapters import (
     PEFT_PREFIX,
     Adapter,
     Lora,
-    Training,
     adapter_shapes,
     part_of,
     state_faults,
@@ -140,10 +139,10 @@ def read_published_adapter(
     if vit_lora or vit_folder.is_dir():
         files.append(_read_file(_adapter_file(vit_folder), vit_lora_name, ("vision tower",)))
         vision_lora = _lora(vit_folder / ADAPTER_CONFIG)
-    training = Training(vision_lora=vision_lora, language_lora=language_lora)
-    shapes = adapter_shapes(config, training)
+    whole = Adapter({}, vision_lora, language_lora, str(folder))
+    shapes = adapter_shapes(config, whole.training)
     state = _joined([_checked(file, shapes, tower_layers) for file in files])
-    return Adapter(state, vision_lora, language_lora, str(folder))
+    return replace(whole, state=state)
 
 
 def _adapter_file(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import cast
 
+from sqllava.checkpoint.base import warn_of_another_base
 from sqllava.checkpoint.parts import (
     config_dict,
     projector_names,
@@ -31,6 +32,7 @@ def read_stage1(path: Path, config: SQLlavaConfig) -> Adapter:
     """
     folder = path if path.is_dir() else path.parent
     if (folder / ADAPTER_WEIGHTS).is_file():
+        warn_of_another_base(folder, config)
         return read_adapter(folder)
     if (folder / PROJECTOR_FILE).is_file():
         layers = vision_config_of(cast(str, config.base_vision_tower)).num_hidden_layers

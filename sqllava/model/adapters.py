@@ -312,6 +312,11 @@ class Adapter:
     language_lora: Lora | None
     source: str
 
+    @property
+    def training(self) -> Training:
+        """What a model trains that has such an adapter."""
+        return Training(vision_lora=self.vision_lora, language_lora=self.language_lora)
+
     def merged(
         self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -378,8 +383,7 @@ def adapter_shapes(config: SQLlavaConfig, training: Training) -> dict[str, torch
 
 def check_adapter(adapter: Adapter, config: SQLlavaConfig) -> None:
     """Raises ValueError, naming the tensors, if an adapter does not fit a model."""
-    training = Training(vision_lora=adapter.vision_lora, language_lora=adapter.language_lora)
-    faults = state_faults(adapter.state, adapter_shapes(config, training))
+    faults = state_faults(adapter.state, adapter_shapes(config, adapter.training))
     raise_faults(faults, f"{adapter.source} does not fit this model")
 
 

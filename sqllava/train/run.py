@@ -21,6 +21,7 @@ from transformers import enable_full_determinism, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
+from sqllava.checkpoint.base import base_record
 from sqllava.checkpoint.load import assemble, quantization
 from sqllava.checkpoint.published import SELECT_FEATURES
 from sqllava.checkpoint.stage1 import read_own_projector, read_stage1
@@ -70,6 +71,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         arguments = parse_arguments(argv)
         set_up(arguments)
         model, processor = build_model(arguments)
+        record_base(arguments, model.config)
         dataset = build_dataset(arguments, arguments.data.data_path, processor)
         check_enough(arguments, dataset)
         set_seed(arguments.train.seed)  # new LoRA weights: the same however the model was loaded
@@ -364,9 +366,20 @@ def write_run_file(arguments: Arguments, output_dir: Path) -> None:
         "packages": {name: _version(name) for name in packages}
         | {"python": platform.python_version()},
     }
-    unfinished = output_dir / f"{RUN_FILE}.tmp"
+    _write_whole(output_dir / RUN_FILE, run)
+
+
+def record_base(arguments: Arguments, config: SQLlavaConfig) -> None:
+    """Adds to sqllava_run.json which base and tower this is, so that no other passes for it."""
+    if is_first_rank():
+        file = Path(cast(str, arguments.train.output_dir)) / RUN_FILE
+        _write_whole(file, json.loads(file.read_text()) | {"base": base_record(config)})
+
+
+def _write_whole(file: Path, run: dict[str, Any]) -> None:
+    unfinished = file.with_suffix(".json.tmp")
     unfinished.write_text(json.dumps(run, indent=1, default=str) + "\n")
-    unfinished.replace(output_dir / RUN_FILE)
+    unfinished.replace(file)
 
 
 def _version(package: str) -> str | None:
