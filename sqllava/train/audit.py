@@ -90,12 +90,12 @@ class GradientAudit(TrainerCallback):
             )
 
     def _any_image(self) -> bool:
-        return bool(_any_rank(torch.tensor([self.images > 0]))[0])
+        return bool(any_rank(torch.tensor([self.images > 0]))[0])
 
     def _faults(self, parts: set[str]) -> list[str]:
         reached = torch.tensor([name in self.seen for name in self.names])
         nonzero = torch.tensor([self.seen.get(name, False) for name in self.names])
-        reached, nonzero = _any_rank(reached), _any_rank(nonzero)
+        reached, nonzero = any_rank(reached), any_rank(nonzero)
         faults = []
         for i, name in enumerate(self.names):
             if part_of(name) not in parts:
@@ -136,7 +136,7 @@ def _waits_for_its_partner(name: str, names: list[str], nonzero: torch.Tensor) -
     return partner in names and bool(nonzero[names.index(partner)])
 
 
-def _any_rank(flags: torch.Tensor) -> torch.Tensor:
+def any_rank(flags: torch.Tensor) -> torch.Tensor:
     """Logical or of a flag tensor over all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return flags

@@ -47,6 +47,7 @@ from sqllava.train.arguments import (
     zero_stage,
 )
 from sqllava.train.audit import GradientAudit
+from sqllava.train.divergence import DivergenceError, FiniteSteps
 from sqllava.train.optim import learning_rates
 from sqllava.train.trainer import (
     SQLlavaTrainer,
@@ -82,8 +83,11 @@ def train(argv: Sequence[str] | None = None) -> None:
     audit = GradientAudit(trained, learning_rates(arguments.train), arguments.training)
     logger.info("what trains:\n%s", audit.table())
     trainer = build_trainer(arguments, trained, processor, dataset, audit)
-    trainer.train(resume_from_checkpoint=find_checkpoint(arguments))
-    save_result(arguments, trainer)
+    try:
+        trainer.train(resume_from_checkpoint=find_checkpoint(arguments))
+        save_result(arguments, trainer)
+    except DivergenceError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 @contextlib.contextmanager
@@ -332,6 +336,7 @@ def build_trainer(
         data_collator=Collator(processor.tokenizer.pad_token_id),
         processing_class=processor,
         audit=audit,
+        finite=FiniteSteps(arguments.data.data_path, gradients=not arguments.train.fp16),
         max_bad_samples=arguments.data.max_bad_samples,
     )
 

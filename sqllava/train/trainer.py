@@ -1,6 +1,7 @@
 """transformers' Trainer with our sampler, learning rates, statistics and checkpoints."""
 
 import logging
+import math
 import shutil
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from sqllava.data.sampler import GroupedSampler
 from sqllava.model.adapters import adapter_state, save_adapter
 from sqllava.train.arguments import TrainArguments
 from sqllava.train.audit import GradientAudit
+from sqllava.train.divergence import DivergenceError, FiniteSteps, check_weights
 from sqllava.train.optim import build_param_groups
 
 logger = logging.getLogger(__name__)
@@ -39,15 +41,19 @@ class SQLlavaTrainer(Trainer):
 
     Args:
         audit: the step-one audit.
+        finite: the watch over every step's loss and gradient norm.
         max_bad_samples: skipped or replaced samples, over all ranks, at which the run stops.
     """
 
     args: TrainArguments
     train_dataset: InstructionDataset
 
-    def __init__(self, *, audit: GradientAudit, max_bad_samples: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *, audit: GradientAudit, finite: FiniteSteps, max_bad_samples: int, **kwargs: Any
+    ) -> None:
         super().__init__(callbacks=[audit], **kwargs)
         self.audit = audit
+        self.finite = finite
         self.max_bad_samples = max_bad_samples
         self.counts: Counter[str] = Counter()
         self.bad_samples = 0
@@ -102,10 +108,26 @@ class SQLlavaTrainer(Trainer):
             for index, reason in stats["skipped"]:
                 self.counts["skipped"] += 1
                 self._bad[index] = reason
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            loss = cast(torch.Tensor, result[0] if return_outputs else result)
+            self.finite.saw(loss, stats["indices"])
+        return result
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *args: Any, **kw: Any
+    ) -> None:
+        """What comes after an optimiser step: first it must have been one."""
+        self.finite.end_step(self.state.global_step, grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kw)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was counted since the last log line, over all ranks."""
+        if not math.isfinite(logs.get("eval_loss", 0.0)):
+            raise DivergenceError(
+                f"training has diverged: the validation loss after step {self.state.global_step} "
+                f"is {logs['eval_loss']}"
+            )
         if "loss" in logs:
             logs |= self._statistics()
         elif "train_loss" in logs:  # the end of the run: what came after the last log line
@@ -156,7 +178,12 @@ class SQLlavaTrainer(Trainer):
         return max(seconds, 1e-9)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves an adapter directory (or the whole model, where all of it trains)."""
+        """Saves an adapter directory (or the whole model, where all of it trains).
+
+        Raises:
+            DivergenceError: weights are not finite; nothing is written.
+        """
+        check_weights(cast(nn.Module, self.model))
         if not isinstance(self.model, PeftModel):
             super().save_model(output_dir, _internal_call)
             folder = Path(output_dir or cast(str, self.args.output_dir))
