@@ -35,6 +35,8 @@ class TrainArguments(RecipeArguments, TrainingArguments):
     def __post_init__(self) -> None:
         self.refused = refused_flags(self)
         if self.deepspeed:
+            if find_spec("deepspeed") is None:
+                raise ValueError("--deepspeed needs the package deepspeed: pip install '.[train]'")
             self.zero = read_zero(self.deepspeed, self)
             self.deepspeed = self.zero.values
         if self.evaluation_strategy is not None:
