@@ -11,8 +11,8 @@ from training import flags, losses, write_data
 from transformers import TrainingArguments
 
 from sqllava.model.adapters import prepare_training
-from sqllava.train import transformers_flags as tables
 from sqllava.train import run
+from sqllava.train import transformers_flags as tables
 from sqllava.train.arguments import parse_arguments
 from sqllava.train.audit import GradientAudit
 
