@@ -53,7 +53,7 @@ def test_parameter_counts_are_the_published_ones(size, language_lora, projector,
             model,
             Training(vision_lora=Lora(rank, 2 * rank, 0.2), language_lora=Lora(128, 256, 0.05)),
         )
-    counts = {part: row["trained"] for part, row in trained_parts(trained).items()}
+    counts = {part: row.trained for part, row in trained_parts(trained).items()}
     unused_norm = 2 * 1024
     assert counts == {
         "language model": language_lora,

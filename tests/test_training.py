@@ -378,8 +378,9 @@ class _Step:
 def test_audit_stops_a_tower_that_runs_under_no_grad(golden):
     """The published fault: the tower's LoRA is there, saved, and never learns."""
     model, processor = assemble(str(GOLDEN / "vicuna-tiny"), str(GOLDEN / "clip-tiny"))
-    trained = prepare_training(model, Training(vision_lora=LORA))
-    audit = GradientAudit(trained, {})
+    training = Training(vision_lora=LORA)
+    trained = prepare_training(model, training)
+    audit = GradientAudit(trained, {}, training)
     audit.images = 1
     tower = model.model.vision_tower
     tower.forward = torch.no_grad()(tower.forward)

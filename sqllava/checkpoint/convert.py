@@ -53,11 +53,11 @@ from sqllava.model.adapters import (
     ADAPTER_WEIGHTS,
     PEFT_PREFIX,
     Adapter,
-    Training,
     load_adapter_state,
     lora_config,
     part_of,
     prepare_training,
+    skeleton,
 )
 from sqllava.model.card import RUN_FILE, model_card, training_facts
 from sqllava.model.config import SQLlavaConfig
@@ -174,8 +174,7 @@ def _write_ours(source: Path, layout: Layout, folder: Path, options: Options) ->
         _write_merged(source, layout, folder, options)
         return
     _, config, processor, adapter = _open(source, options)
-    training = Training(vision_lora=adapter.vision_lora, language_lora=adapter.language_lora)
-    peft_config = lora_config(training)
+    peft_config = lora_config(skeleton(config), adapter.training)
     peft_config.inference_mode = True
     peft_config.save_pretrained(str(folder))
     save_file(
@@ -275,9 +274,7 @@ class _Whole:
 
 
 def _shapes(config: SQLlavaConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        model = SQLlavaForConditionalGeneration(config)
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    shapes = {name: value.shape for name, value in skeleton(config).state_dict().items()}
     if config.text_config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes
@@ -396,8 +393,7 @@ def merging_difference(source: Path, merged: Path, options: Options) -> float:
     inputs = processor(images=image, text=CHECK_PROMPT)
     parts, _, _, adapter = _open(source, options)
     model = assemble(parts.language_model, parts.vision_tower, **parts.settings)[0]
-    training = Training(vision_lora=adapter.vision_lora, language_lora=adapter.language_lora)
-    unmerged = prepare_training(model, training).eval()
+    unmerged = prepare_training(model, adapter.training).eval()
     covered = {part_of(key) for key in adapter.state}
     load_adapter_state(cast(Any, unmerged), adapter.state, covered, str(source))
     expected = unmerged(**inputs).logits

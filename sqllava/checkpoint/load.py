@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sqllava.checkpoint.base import check_base
 from sqllava.checkpoint.parts import (
     config_dict,
     from_pretrained,
@@ -28,6 +29,7 @@ from sqllava.checkpoint.parts import (
     load_language_model,
     load_tokenizer,
     load_tower,
+    projector_of,
     read_projector,
     read_vision_config,
     vision_config_of,
@@ -164,6 +166,11 @@ def build_config(
         select_layer=select_layer,
         **settings,
     )
+    if config.vision_feature_select_strategy == "full" and not config.class_tokens:
+        raise ValueError(
+            f"{vision_tower}: a tower of type {vision_config.model_type!r} has no class token that "
+            "cls_patch could keep: choose patch"
+        )
     config.image_seq_length = config.image_tokens
     return config
 
@@ -171,11 +178,7 @@ def build_config(
 def _brings_projector(language_model: str, config: SQLlavaConfig) -> bool:
     if not is_ours(language_model):
         return False
-    own = config_dict(language_model)
-    return (own["projector_type"], own["projector_options"] or {}) == (
-        config.projector_type,
-        config.projector_options or {},
-    )
+    return projector_of(config_dict(language_model)) == projector_of(config.to_dict())
 
 
 @contextlib.contextmanager
@@ -290,7 +293,7 @@ def describe(parts: Parts) -> tuple[SQLlavaConfig, SQLlavaProcessor]:
 def open_adapter(
     folder: Path, config: SQLlavaConfig, vision_tower: str, vit_lora: str | None = None
 ) -> Adapter:
-    """Reads an adapter, ours or published, and checks that it fits a model.
+    """Reads an adapter, ours or published, and checks that it fits a model and its base.
 
     Args:
         config: the model's.
@@ -298,8 +301,10 @@ def open_adapter(
         vit_lora: a published folder with the tower's LoRA, in place of the adapter's own.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape, by their names.
+        ValueError: tensors are missing, unexpected or of another shape, by their names; or the base
+            gives tokens other ids than training did.
     """
+    check_base(folder, config)
     if layout_of(folder) == "adapter":
         adapter = read_adapter(folder)
         check_adapter(adapter, config)
@@ -432,7 +437,9 @@ def load_base(
 ) -> SQLlavaForConditionalGeneration:
     """The model under an adapter directory, for `PeftModel.from_pretrained`."""
     parts = parts_of(Path(folder), base, vision_tower)
-    return assemble(parts.language_model, parts.vision_tower, dtype=dtype, **parts.settings)[0]
+    model, _ = assemble(parts.language_model, parts.vision_tower, dtype=dtype, **parts.settings)
+    check_base(Path(folder), model.config)
+    return model
 
 
 # What an adapter's config says about the model around its parts.

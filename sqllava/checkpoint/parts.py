@@ -3,7 +3,7 @@ tower, projector, tokenizer, and their configurations. Every name in the files i
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,23 +21,33 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import cached_file
 
-from sqllava.checkpoint.published import is_published, llama_config, our_name, resolve
+from sqllava.checkpoint.published import (
+    is_published,
+    llama_config,
+    our_name,
+    resolve,
+    settings_of,
+)
 from sqllava.checkpoint.weights import has_weights, open_tensors, weight_names
 from sqllava.encoding import add_image_token
 from sqllava.errors import raise_faults
 from sqllava.model.adapters import part_of
 from sqllava.model.config import SQLlavaConfig, cut_vision_config
+from sqllava.model.projector import whole_options
+from sqllava.model.tower import tower_end
 
 logger = logging.getLogger(__name__)
 
 # What may lie beside a part in its files. Beside a tower on its own: CLIP's text half, the shared
 # space, and a buffer; beside a part of a whole model: the other parts.
-_BESIDE_TOWER = re.compile(r"text_model\.|(text|visual)_projection|logit_scale|.*position_ids$")
+_BESIDE_TOWER = re.compile(
+    r"text_model\.|(text|visual)_projection|logit_(scale|bias)|.*position_ids$"
+)
 _BESIDE_TOWER_OF_A_MODEL = re.compile(
     r"lm_head\.|model\.(language_model|embed_tokens|layers|norm|mm_projector|multi_modal_projector)\."
 )
 _BESIDE_LANGUAGE_MODEL = re.compile(r"model\.(vision_tower|mm_projector|multi_modal_projector)\.")
-_LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(^|\.)(layers?)\.(\d+)\.")
 _FREQUENCIES = ".rotary_emb.inv_freq"
 
 
@@ -84,8 +94,10 @@ def read_vision_config(path: str, select_layer: int) -> PretrainedConfig:
     """A tower's configuration, ending at the layer that is read.
 
     Raises:
-        ValueError: it has no such layer, or comes from a model of ours that reads another one.
+        ValueError: it has no such layer, cannot be read (`tower_end`), or comes from a model of
+            ours that reads another one.
     """
+    tower_end(vision_config_of(path))
     if is_ours(path):
         read = config_dict(path)["select_layer"]
         if read != select_layer:
@@ -157,6 +169,8 @@ def load_tower(
     in_file = _names_in_file(path, tower)
     beside = _BESIDE_TOWER_OF_A_MODEL if within else _BESIDE_TOWER
     unexpected = {key for key in unexpected if not beside.match(key)}
+    last_norm = _last_norm(tower.state_dict(), config)
+    missing -= last_norm
     past = {key for key in unexpected if _layer(key) >= config.num_hidden_layers}
     first = [name for name in tower.state_dict() if _layer(name) == 0]
     whole = _in_layers(first, range(config.num_hidden_layers, layers)) if past else set()
@@ -164,18 +178,25 @@ def load_tower(
     faults = [f"missing: {in_file(k)}" for k in sorted(missing | whole - past)]
     faults += [f"unexpected: {in_file(key)}" for key in sorted(strange)]
     raise_faults(faults, f"vision tower {path} is not whole")
-    _report_left_out(path, "they belong to layers that are not read", map(in_file, past))
+    left_out = set(map(in_file, past | last_norm))
+    _report_left_out(path, "they come after the layer that is read", left_out)
     return tower
+
+
+def _last_norm(names: Iterable[str], config: PretrainedConfig) -> set[str]:
+    """Of a tower's names, those of the norm past the layer that is read."""
+    norm = tower_end(config).last_norm
+    return {name for name in names if norm is not None and name.startswith(f"{norm}.")}
 
 
 def _in_layers(names: Iterable[str], layers: Iterable[int]) -> set[str]:
     """Names of one layer's tensors, in each of these layers."""
-    return {_LAYER.sub(rf"\g<1>layers.{n}.", name) for n in layers for name in names}
+    return {_LAYER.sub(rf"\g<1>\g<2>.{n}.", name) for n in layers for name in names}
 
 
 def _layer(name: str) -> int:
     found = _LAYER.search(name)
-    return int(found[2]) if found else -1
+    return int(found[3]) if found else -1
 
 
 def files_of(path: str) -> dict[str, Path]:
@@ -228,6 +249,9 @@ def tower_names(path: str, kept: int) -> dict[str, str]:
         ours = (our_name(name) or name) if within else prefix + name.removeprefix("vision_model.")
         if ours.startswith(prefix) and (within or not _BESIDE_TOWER.match(name)):
             names[name] = ours
+    local = {ours.removeprefix(prefix) for ours in names.values()}
+    last_norm = {prefix + name for name in _last_norm(local, vision_config_of(path))}
+    after = {name for name, ours in names.items() if ours in last_norm}
     past = {name for name, ours in names.items() if _layer(ours) >= kept}
     first = [name for name, ours in names.items() if _layer(ours) == 0]
     layers = vision_config_of(path).num_hidden_layers if past else kept
@@ -235,8 +259,8 @@ def tower_names(path: str, kept: int) -> dict[str, str]:
     faults = [f"missing: {name}" for name in sorted(whole - past)]
     faults += [f"unexpected: {name}" for name in sorted(past - whole)]
     raise_faults(faults, f"vision tower {path} is not whole")
-    _report_left_out(path, "they belong to layers that are not read", past)
-    return {name: ours for name, ours in names.items() if name not in past}
+    _report_left_out(path, "they come after the layer that is read", past | after)
+    return {name: ours for name, ours in names.items() if name not in past | after}
 
 
 def _report_left_out(path: str, reason: str, names: Iterable[str]) -> None:
@@ -256,6 +280,13 @@ def load_tokenizer(language_model: str) -> PreTrainedTokenizerBase:
     )
     add_image_token(tokenizer)
     return tokenizer
+
+
+def projector_of(config: Mapping[str, Any]) -> tuple[str, dict[str, int]]:
+    """The projector that a config.json names, ours or published, with its options."""
+    settings = settings_of(config) if is_published(config) else config
+    kind = settings["projector_type"]
+    return kind, whole_options(kind, settings["projector_options"])
 
 
 def read_projector(path: str) -> dict[str, torch.Tensor]:

@@ -21,7 +21,6 @@ from sqllava.model.adapters import (
     PEFT_PREFIX,
     Adapter,
     Lora,
-    Training,
     adapter_shapes,
     part_of,
     state_faults,
@@ -140,10 +139,10 @@ def read_published_adapter(
     if vit_lora or vit_folder.is_dir():
         files.append(_read_file(_adapter_file(vit_folder), vit_lora_name, ("vision tower",)))
         vision_lora = _lora(vit_folder / ADAPTER_CONFIG)
-    training = Training(vision_lora=vision_lora, language_lora=language_lora)
-    shapes = adapter_shapes(config, training)
+    whole = Adapter({}, vision_lora, language_lora, str(folder))
+    shapes = adapter_shapes(config, whole.training)
     state = _joined([_checked(file, shapes, tower_layers) for file in files])
-    return Adapter(state, vision_lora, language_lora, str(folder))
+    return replace(whole, state=state)
 
 
 def _adapter_file(folder: Path) -> Path:
@@ -315,6 +314,9 @@ def published_config(config: SQLlavaConfig, select_layer: int, vision_tower: str
     text = config.text_config
     if text.model_type != "llama":
         raise ValueError(f"the published code knows Llama models only, not {text.model_type!r}")
+    if not config.vision_config.model_type.startswith("clip"):
+        tower = config.vision_config.model_type
+        raise ValueError(f"the published code knows CLIP towers only, not {tower!r}")
     if config.projector_type == "cluster_soft":
         raise ValueError("the published code has no 'cluster_soft' projector")
     options = {"centres": 256, "iterations": 2} | (config.projector_options or {})

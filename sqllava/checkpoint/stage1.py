@@ -3,7 +3,14 @@
 from pathlib import Path
 from typing import cast
 
-from sqllava.checkpoint.parts import read_projector, vision_config_of
+from sqllava.checkpoint.base import warn_of_another_base
+from sqllava.checkpoint.parts import (
+    config_dict,
+    projector_names,
+    projector_of,
+    read_projector,
+    vision_config_of,
+)
 from sqllava.checkpoint.published import PROJECTOR_FILE, read_published_adapter
 from sqllava.checkpoint.weights import has_weights
 from sqllava.model.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, Adapter, read_adapter
@@ -25,6 +32,7 @@ def read_stage1(path: Path, config: SQLlavaConfig) -> Adapter:
     """
     folder = path if path.is_dir() else path.parent
     if (folder / ADAPTER_WEIGHTS).is_file():
+        warn_of_another_base(folder, config)
         return read_adapter(folder)
     if (folder / PROJECTOR_FILE).is_file():
         layers = vision_config_of(cast(str, config.base_vision_tower)).num_hidden_layers
@@ -36,3 +44,32 @@ def read_stage1(path: Path, config: SQLlavaConfig) -> Adapter:
         f"{path}: neither {ADAPTER_WEIGHTS} nor {PROJECTOR_FILE} is there; "
         "stage 1 (scripts/pretrain_clu.sh) writes the first"
     )
+
+
+def read_own_projector(base: str, config: SQLlavaConfig) -> Adapter | None:
+    """Reads the trained projector that a base brings along: LLaVA's, or a whole model's of ours.
+
+    Args:
+        base: folder or id of the language model.
+        config: of the model that it goes into.
+
+    Returns:
+        The projector; None if the base has none.
+
+    Raises:
+        ValueError: it is not of the model's type.
+    """
+    if not projector_names(base):
+        return None
+    own, wanted = projector_of(config_dict(base)), projector_of(config.to_dict())
+    if own != wanted:
+        raise ValueError(
+            f"{base} has a trained projector of type {_named(own)}, not {_named(wanted)}"
+        )
+    state = {PEFT_PREFIX + name: value for name, value in read_projector(base).items()}
+    return Adapter(state, None, None, base)
+
+
+def _named(projector: tuple[str, dict[str, int]]) -> str:
+    kind, options = projector
+    return " ".join([kind, *(f"{name}={value}" for name, value in options.items())])

@@ -9,18 +9,19 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 from sqllava.errors import raise_faults
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
+from sqllava.model.tower import blocks_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -31,28 +32,28 @@ PROJECTOR = "multi_modal_projector"
 # What PEFT puts before a model's own names.
 PEFT_PREFIX = "base_model.model."
 
-# Full module paths: a bare suffix such as "q_proj" would hit the tower and the language model both.
-VISION_TARGETS = (
-    r"model\.vision_tower\.(.*\.)?layers\.\d+\.(self_attn|mlp)\."
-    r"(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-)
-LANGUAGE_TARGETS = (
-    r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\."
-    r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-)
 # PEFT's own word for a configuration without LoRA modules.
 NO_TARGETS = "dummy-target-modules"
 
 PARTS = ("language model", "projector", "vision tower")
+# Where the parts that take LoRA stand in the model. Full module paths all through: a bare suffix
+# such as "q_proj" would hit the tower and the language model both.
+_LORA_ROOTS = {"language model": "model.language_model", "vision tower": "model.vision_tower"}
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Rank, alpha and dropout of one part's LoRA."""
+    """Rank, alpha and dropout of one part's LoRA.
+
+    Attributes:
+        targets: a regex over full module paths, as an adapter on disk has it; None for every linear
+            layer of the part's blocks.
+    """
 
     rank: int
     alpha: int
     dropout: float = 0.0
+    targets: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Training:
     language_lora: Lora | None = None
     full_language: bool = False
 
+    @property
+    def loras(self) -> dict[str, Lora | None]:
+        """LoRA by part."""
+        return {"vision tower": self.vision_lora, "language model": self.language_lora}
+
 
 def part_of(parameter_name: str) -> str:
     """Which of PARTS a parameter belongs to, by its name."""
@@ -86,6 +92,9 @@ def prepare_training(
 
     Returns:
         A PeftModel, or for full finetuning the model itself.
+
+    Raises:
+        ValueError: a LoRA cannot reach every linear layer of its part, or nothing would train.
     """
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -96,30 +105,126 @@ def prepare_training(
         model.lm_head.requires_grad_(True)
         _train_projector(model.model.multi_modal_projector, training.projector)
         return model
-    peft_model = get_peft_model(model, lora_config(training), autocast_adapter_dtype=False)
+    config = lora_config(model, training)
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, module in peft_model.named_modules():
         if isinstance(module, LoraLayer):
-            lora = training.vision_lora if "vision_tower." in name else training.language_lora
+            lora = training.loras[part_of(f"{name}.")]
             assert lora is not None
             module.lora_dropout["default"] = nn.Dropout(lora.dropout)
         elif name.endswith(f"{PROJECTOR}.modules_to_save.default"):
             _train_projector(module, training.projector)
+    if not any(parameter.requires_grad for parameter in peft_model.parameters()):
+        raise ValueError("nothing trains: the projector has no weights, and no LoRA is enabled")
     return peft_model
 
 
-def _loras(training: Training) -> dict[str, Lora | None]:
-    return {VISION_TARGETS: training.vision_lora, LANGUAGE_TARGETS: training.language_lora}
+def trained_names(
+    model: SQLlavaForConditionalGeneration | PeftModel, training: Training
+) -> set[str]:
+    """The parameters that are to train, by their names in a model that `prepare_training` made."""
+    whole = {"projector": training.projector, "language model": training.full_language}
+    names = {
+        name
+        for name, _ in model.named_parameters()
+        if whole.get(part_of(name)) and not _never_trains(name)
+    }
+    for part, lora in training.loras.items():
+        for path in linear_layers(model, part) if lora else ():
+            names |= {f"{PEFT_PREFIX}{path}.lora_{side}.default.weight" for side in "AB"}
+    return names
 
 
-def lora_config(training: Training) -> LoraConfig:
-    """PEFT's configuration of what a stage trains."""
+def _never_trains(name: str) -> bool:
+    """Whether a parameter is PEFT's copy of the projector as it was, or the norm that every
+    published projector has and no forward reads."""
+    name = name.replace(".modules_to_save.default.", ".")
+    return ".original_module." in name or f"{PROJECTOR}.ln_1." in name
+
+
+def linear_layers(model: SQLlavaForConditionalGeneration | PeftModel, part: str) -> list[str]:
+    """The linear layers in the blocks of a part, by their full paths; also of a model with LoRA.
+
+    Raises:
+        ValueError: there are none, or the blocks hold matrices that are no linear layers, as a
+            mixture's experts in one tensor: LoRA would reach a part of the block only.
+    """
+    paths, strange = _linear_paths(model, part)
+    if strange:
+        raise ValueError(
+            f"LoRA cannot reach all of the {part}'s blocks: {len(strange)} matrices are not in "
+            f"linear layers, such as {', '.join(strange[:3])}"
+        )
+    if not paths:
+        raise ValueError(f"LoRA reaches nothing of the {part}: its blocks have no linear layers")
+    return paths
+
+
+def _linear_paths(
+    model: SQLlavaForConditionalGeneration | PeftModel, part: str
+) -> tuple[list[str], list[str]]:
+    """The linear layers of a part's blocks, and the matrices there that are none."""
+    base = model if isinstance(model, SQLlavaForConditionalGeneration) else model.get_base_model()
+    base = cast(Any, base)
+    root = _LORA_ROOTS[part]
+    config = base.config.vision_config if part == "vision tower" else base.config.text_config
+    paths: list[str] = []
+    strange: list[str] = []
+    for block_path, block in blocks_of(base.get_submodule(root), config.num_hidden_layers):
+        for name, module in block.named_modules():
+            path = ".".join(filter(None, (root, block_path, name.removesuffix(".base_layer"))))
+            if ".lora_" in path:
+                continue
+            if isinstance(module, nn.Linear):
+                paths.append(path)
+            elif not isinstance(module, _NO_MATRICES):
+                strange += [f"{path}.{n} ({type(module).__name__})" for n in _matrices(module)]
+    return paths, strange
+
+
+# Modules with matrices that LoRA is not meant for.
+_NO_MATRICES = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """A module's own parameters that multiply what passes: its weight, or a stack of several."""
+    shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in module.named_parameters(recurse=False)}
+    return [
+        name
+        for name, shape in shapes.items()
+        if len(shape) > 2 or (len(shape) == 2 and name.endswith("weight"))
+    ]
+
+
+def _targets(model: SQLlavaForConditionalGeneration, training: Training) -> dict[str, str]:
+    """For each part with LoRA the regex of its layers' paths."""
+    targets = {}
+    for part, lora in training.loras.items():
+        if lora and lora.targets is not None:
+            targets[part] = lora.targets
+        elif lora:
+            root = re.escape(f"{_LORA_ROOTS[part]}.")
+            paths = map(re.escape, linear_layers(model, part))
+            kinds = {re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", path) for path in paths}
+            rests = sorted(kind.removeprefix(root) for kind in kinds)
+            targets[part] = f"{root}({'|'.join(rests)})"
+    return targets
+
+
+def lora_config(model: SQLlavaForConditionalGeneration, training: Training) -> LoraConfig:
+    """PEFT's configuration of what a stage trains.
+
+    Args:
+        model: whose layers it is for; `skeleton` is enough.
+    """
     from peft import LoraConfig
 
-    active = {targets: lora for targets, lora in _loras(training).items() if lora}
+    targets = _targets(model, training)
+    loras = {part: cast(Lora, training.loras[part]) for part in targets}
     return LoraConfig(
-        target_modules="|".join(f"({targets})" for targets in active) or NO_TARGETS,
-        rank_pattern={targets: lora.rank for targets, lora in active.items()},
-        alpha_pattern={targets: lora.alpha for targets, lora in active.items()},
+        target_modules="|".join(f"({regex})" for regex in targets.values()) or NO_TARGETS,
+        rank_pattern={regex: loras[part].rank for part, regex in targets.items()},
+        alpha_pattern={regex: loras[part].alpha for part, regex in targets.items()},
         # Also a frozen projector belongs to the result: no base has it.
         modules_to_save=[PROJECTOR],
     )
@@ -127,8 +232,7 @@ def lora_config(training: Training) -> LoraConfig:
 
 def _train_projector(projector: nn.Module, trains: bool) -> None:
     for name, parameter in projector.named_parameters():
-        # Every published checkpoint holds ln_1, and no forward reads it.
-        parameter.requires_grad_(trains and not name.startswith("ln_1."))
+        parameter.requires_grad_(trains and not _never_trains(f"{PROJECTOR}.{name}"))
 
 
 def adapter_state(peft_model: PeftModel) -> dict[str, torch.Tensor] | None:
@@ -208,6 +312,11 @@ class Adapter:
     language_lora: Lora | None
     source: str
 
+    @property
+    def training(self) -> Training:
+        """What a model trains that has such an adapter."""
+        return Training(vision_lora=self.vision_lora, language_lora=self.language_lora)
+
     def merged(
         self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -233,27 +342,39 @@ class Adapter:
 def read_adapter(folder: Path) -> Adapter:
     """Reads an adapter directory of ours."""
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
-
-    def lora(targets: str) -> Lora | None:
-        rank = config["rank_pattern"].get(targets)
-        return Lora(rank, config["alpha_pattern"][targets]) if rank else None
-
+    loras = {
+        part: Lora(rank, config["alpha_pattern"][targets], targets=targets)
+        for part, root in _LORA_ROOTS.items()
+        for targets, rank in config["rank_pattern"].items()
+        if targets.startswith(re.escape(f"{root}."))
+    }
     state = load_file(folder / ADAPTER_WEIGHTS)
-    return Adapter(state, lora(VISION_TARGETS), lora(LANGUAGE_TARGETS), str(folder))
+    return Adapter(state, loras.get("vision tower"), loras.get("language model"), str(folder))
+
+
+def skeleton(config: SQLlavaConfig) -> SQLlavaForConditionalGeneration:
+    """Such a model without weights, on the meta device."""
+    with torch.device("meta"):
+        # Not by from_config, which ZeRO-3 would make partition weights that are not there.
+        tower, language = (
+            cast(Any, MODEL_MAPPING[type(part)])(part)
+            for part in (config.vision_config, config.text_config)
+        )
+        return SQLlavaForConditionalGeneration(config, tower, language)
 
 
 def adapter_shapes(config: SQLlavaConfig, training: Training) -> dict[str, torch.Size]:
     """The tensors of a whole adapter file for such a model, without building its weights."""
-    with torch.device("meta"):
-        model = SQLlavaForConditionalGeneration(config)
+    model = skeleton(config)
     shapes = {
         PEFT_PREFIX + name: parameter.shape
         for name, parameter in model.named_parameters()
         if part_of(name) == "projector"
     }
-    for name, module in model.named_modules():
-        for targets, lora in _loras(training).items():
-            if lora and re.fullmatch(targets, name):
+    for part, targets in _targets(model, training).items():
+        lora = cast(Lora, training.loras[part])
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and re.fullmatch(targets, name):
                 size_out, size_in = module.weight.shape
                 shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = torch.Size((lora.rank, size_in))
                 shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = torch.Size((size_out, lora.rank))
@@ -262,8 +383,7 @@ def adapter_shapes(config: SQLlavaConfig, training: Training) -> dict[str, torch
 
 def check_adapter(adapter: Adapter, config: SQLlavaConfig) -> None:
     """Raises ValueError, naming the tensors, if an adapter does not fit a model."""
-    training = Training(vision_lora=adapter.vision_lora, language_lora=adapter.language_lora)
-    faults = state_faults(adapter.state, adapter_shapes(config, training))
+    faults = state_faults(adapter.state, adapter_shapes(config, adapter.training))
     raise_faults(faults, f"{adapter.source} does not fit this model")
 
 
@@ -314,11 +434,39 @@ def is_first_rank() -> bool:
     return not initialized or torch.distributed.get_rank() == 0
 
 
-def trained_parts(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """For each part: how many parameters it has and how many train."""
-    table = {part: {"parameters": 0, "trained": 0} for part in PARTS}
+@dataclass
+class PartCounts:
+    """How much of a part trains.
+
+    Attributes:
+        modules, reached: its modules, and those that train. Where a part takes LoRA these are the
+            linear layers of its blocks, otherwise all modules with parameters.
+        parameters, trained: the same of its parameters.
+    """
+
+    modules: int = 0
+    reached: int = 0
+    parameters: int = 0
+    trained: int = 0
+
+
+def trained_parts(model: SQLlavaForConditionalGeneration | PeftModel) -> dict[str, PartCounts]:
+    """For each part, how much of it trains. PEFT's frozen copy of the projector does not count."""
+    table = {part: PartCounts() for part in PARTS}
+    modules: dict[str, dict[str, bool]] = {part: {} for part in PARTS}
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue
+        counts, trains = table[part_of(name)], parameter.requires_grad
         count = getattr(parameter, "ds_numel", parameter.numel())
-        table[part_of(name)]["parameters"] += count
-        table[part_of(name)]["trained"] += count if parameter.requires_grad else 0
+        counts.parameters += count
+        counts.trained += count if trains else 0
+        path = re.sub(r"\.(lora_[AB]\.default|base_layer)$", "", name.rpartition(".")[0])
+        path = path.removeprefix(PEFT_PREFIX)
+        modules[part_of(name)][path] = modules[part_of(name)].get(path, False) or trains
+    for part, found in modules.items():
+        if part in _LORA_ROOTS and not all(found.values()):
+            linear = set(_linear_paths(model, part)[0])
+            found = {path: trains for path, trains in found.items() if path in linear}
+        table[part].modules, table[part].reached = len(found), sum(found.values())
     return table

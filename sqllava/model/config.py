@@ -5,6 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PretrainedConfig
 
+from sqllava.model.tower import tower_end, with_layers
+
 
 @strict
 class SQLlavaConfig(LlavaConfig):
@@ -40,7 +42,12 @@ class SQLlavaConfig(LlavaConfig):
     def image_tokens(self) -> int:
         """Placeholder tokens per image."""
         patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
-        return patches + (self.vision_feature_select_strategy == "full")
+        return patches + (self.class_tokens if self.vision_feature_select_strategy == "full" else 0)
+
+    @property
+    def class_tokens(self) -> int:
+        """Tokens that the tower gives before its patches."""
+        return tower_end(self.vision_config).class_tokens
 
 
 def cut_vision_config(vision_config: PretrainedConfig, select_layer: int) -> PretrainedConfig:
@@ -56,11 +63,15 @@ def cut_vision_config(vision_config: PretrainedConfig, select_layer: int) -> Pre
     Raises:
         ValueError: the tower has no such layer.
     """
-    layers = vision_config.num_hidden_layers
+    layers = getattr(vision_config, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        raise ValueError(
+            f"a vision tower of type {vision_config.model_type!r} has no num_hidden_layers: "
+            "its layers cannot be counted"
+        )
     kept = select_layer if select_layer >= 0 else layers + 1 + select_layer
     if not 0 < kept <= layers:
         raise ValueError(
             f"mm_vision_select_layer {select_layer} is outside the tower's {layers} layers"
         )
-    values = vision_config.to_dict() | {"num_hidden_layers": kept}
-    return type(vision_config).from_dict(values)
+    return with_layers(vision_config, kept)

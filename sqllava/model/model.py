@@ -32,6 +32,7 @@ from sqllava.model.card import model_card
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.loss import head_loss, with_loss
 from sqllava.model.projector import PrototypeExtractor, build_projector
+from sqllava.model.tower import tower_end
 
 
 class SQLlavaPreTrainedModel(LlavaPreTrainedModel):
@@ -67,6 +68,11 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
             vision_tower = AutoModel.from_config(config.vision_config)
         if language_model is None:
             language_model = AutoModel.from_config(config.text_config)
+        end = tower_end(config.vision_config)
+        if end.last_norm is not None:
+            # What is read is the last layer's own output.
+            vision_tower.set_submodule(end.last_norm, nn.Identity())
+        self.class_tokens = end.class_tokens
         self.vision_tower: Any = vision_tower
         self.multi_modal_projector: Any = build_projector(
             config.projector_type,
@@ -95,9 +101,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
             pixel_values.to(self.vision_tower.dtype), **given | {"return_dict": True}
         )
         # The tower ends at the layer that is read (`cut_vision_config`).
-        features = outputs.last_hidden_state  # [I, 1 + patches, d_vision]
+        features = outputs.last_hidden_state  # [I, class tokens + patches, d_vision]
         if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]  # [I, patches, d_vision]
+            features = features[:, self.class_tokens :]  # [I, patches, d_vision]
         outputs.pooler_output = list(self.multi_modal_projector(features))
         return outputs
 

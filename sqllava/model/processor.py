@@ -57,7 +57,9 @@ class SQLlavaProcessor(LlavaProcessor):
         """Placeholder tokens per image."""
         crop = self.image_processor.crop_size
         patches = (crop["height"] // self.patch_size) * (crop["width"] // self.patch_size)
-        return patches + (self.vision_feature_select_strategy == "full")
+        if self.vision_feature_select_strategy == "full":
+            patches += self.num_additional_image_tokens
+        return patches
 
     def prepare_image(self, image: Image.Image) -> torch.Tensor:
         """One picture -> pixel values [3, H, W], padded to a square or cropped as configured."""
@@ -154,7 +156,8 @@ def build_processor(
     """Makes the processor that suits a model.
 
     Args:
-        image_settings: the tower's preprocessor_config.json (size, crop, mean, standard deviation).
+        image_settings: the tower's preprocessor_config.json (crop, mean, standard deviation). The
+            size is that of the tower's own configuration, where its file has another.
     """
     if config.image_aspect_ratio not in ASPECT_RATIOS:
         raise ValueError(
@@ -162,6 +165,10 @@ def build_processor(
         )
     kept = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")
     settings = {name: image_settings[name] for name in kept if name in image_settings}
+    size = config.vision_config.image_size
+    if settings.get("crop_size") not in (size, {"height": size, "width": size}):
+        # SigLIP's says no crop, DINOv2's one that its tower was not made for.
+        settings |= {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     image_processor = LlavaImageProcessorPil(**settings, do_pad=config.image_aspect_ratio == "pad")
     return SQLlavaProcessor(
         image_processor,
@@ -169,4 +176,5 @@ def build_processor(
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         conversation_template=config.conversation_template,
+        num_additional_image_tokens=config.class_tokens,
     )

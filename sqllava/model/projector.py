@@ -5,7 +5,7 @@ The room that SQ-LLaVA changes in a Llava model: [B, L, vision_dim] -> [B, L, te
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -207,6 +207,12 @@ PROJECTORS: dict[str, Callable[..., nn.Module]] = {
     "cluster_soft": SoftPrototypeExtractor,
 }
 _MLP_NAME = re.compile(r"mlp([1-9]\d*)x_gelu")
+
+
+def whole_options(name: str, given: Mapping[str, int] | None) -> dict[str, int]:
+    """A projector's options with the defaults of those that are not given."""
+    defaults = {"centres": 256, "iterations": 2} if name.startswith("cluster") else {}
+    return defaults | dict(given or {})
 
 
 def build_projector(name: str, vision_dim: int, text_dim: int, **options: int) -> nn.Module:

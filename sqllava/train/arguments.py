@@ -1,15 +1,16 @@
 """The flags of one run, parsed, and the one place where they are checked together."""
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sqllava.checkpoint.published import SELECT_FEATURES
 from sqllava.conversation import TEMPLATES
@@ -17,6 +18,8 @@ from sqllava.model.adapters import Lora, Training
 from sqllava.model.processor import ASPECT_RATIOS
 from sqllava.model.projector import build_projector
 from sqllava.train.flags import DataArguments, ModelArguments, Pack, RecipeArguments
+from sqllava.train.transformers_flags import NEEDS_BITSANDBYTES, OPTIMISERS, refused_flags
+from sqllava.train.zero import ZeroConfig, plain, read_zero
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +28,17 @@ logger = logging.getLogger(__name__)
 class TrainArguments(RecipeArguments, TrainingArguments):
     """transformers' training arguments, and those of SQ-LLaVA."""
 
+    # What is wrong with the flags of transformers, and the file of --deepspeed as it is used.
+    refused: list[str] = field(init=False, default_factory=list)
+    zero: ZeroConfig | None = field(init=False, default=None)
+
     def __post_init__(self) -> None:
+        self.refused = refused_flags(self)
+        if self.deepspeed:
+            if find_spec("deepspeed") is None:
+                raise ValueError("--deepspeed needs the package deepspeed: pip install '.[train]'")
+            self.zero = read_zero(self.deepspeed, self)
+            self.deepspeed = self.zero.values
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio and not self.warmup_steps:
@@ -37,6 +50,11 @@ class TrainArguments(RecipeArguments, TrainingArguments):
             given = self.gradient_checkpointing_kwargs
             self.activation_checkpointing_kwargs = given or {"use_reentrant": False}
         super().__post_init__()
+        if self.zero is not None:
+            self.zero.faults += [
+                f"--deepspeed: {mismatch.removeprefix('- ')}"
+                for mismatch in self.hf_deepspeed_config.mismatches
+            ]
 
 
 @dataclass(frozen=True)
@@ -195,19 +213,68 @@ def _training_faults(arguments: Arguments) -> list[str]:
         faults.append("--accelerator_config splits or dispatches batches, which needs --pack off")
     if train.fp16 and not train.deepspeed:
         faults.append("--fp16 needs --deepspeed with loss scaling; prefer --bf16 True")
-    if train.eval_strategy != "no" and not arguments.data.eval_data_path:
-        faults.append(f"--eval_strategy {train.eval_strategy} needs --eval_data_path")
+    if train.fp16 and (train.use_cpu or not torch.cuda.is_available()):
+        faults.append("--fp16 needs a GPU; on a CPU use float32 (the default) or --bf16 True")
+    if train.metric_for_best_model not in (None, "loss", "eval_loss"):
+        faults.append(
+            f"--metric_for_best_model {train.metric_for_best_model}: the loss is the only metric"
+        )
+    for flag, asked in (
+        (f"--eval_strategy {plain(train.eval_strategy)}", train.eval_strategy != "no"),
+        ("--eval_on_start", train.eval_on_start),
+    ):
+        if asked and not arguments.data.eval_data_path:
+            faults.append(f"{flag} needs --eval_data_path")
+    faults += train.refused + (train.zero.faults if train.zero else [])
+    faults += _optimiser_faults(train) + _loader_faults(train) + _report_faults(train)
     return faults
 
 
-def zero_stage(train: TrainingArguments) -> int:
+def _optimiser_faults(train: TrainArguments) -> list[str]:
+    faults = []
+    optimiser, schedule = plain(train.optim), plain(train.lr_scheduler_type)
+    if optimiser not in OPTIMISERS:
+        faults.append(f"--optim {optimiser} is not supported; choose from {sorted(OPTIMISERS)}")
+    elif optimiser in NEEDS_BITSANDBYTES and find_spec("bitsandbytes") is None:
+        faults.append(f"--optim {optimiser} needs the package bitsandbytes")
+    group = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": train.learning_rate}]
+    options = cast(dict[str, Any] | None, train.lr_scheduler_kwargs)
+    try:
+        get_scheduler(schedule, torch.optim.SGD(group, lr=train.learning_rate), 1, 10, options)
+    except (AttributeError, TypeError, ValueError) as error:
+        faults.append(
+            f"--lr_scheduler_type {schedule} with --lr_scheduler_kwargs {options or {}}: {error}"
+        )
+    return faults
+
+
+def _loader_faults(train: TrainArguments) -> list[str]:
+    flags = ("persistent_workers", "multiprocessing_context")
+    given = [f"--dataloader_{flag}" for flag in flags if getattr(train, f"dataloader_{flag}")]
+    if given and not train.dataloader_num_workers:
+        return [f"{', '.join(given)} with --dataloader_num_workers 0: there are no workers"]
+    return []
+
+
+def _report_faults(train: TrainArguments) -> list[str]:
+    """Reports that cannot be made, which would otherwise show after the model is loaded."""
+    faults = []
+    for name in cast(list[str], train.report_to):
+        if name not in INTEGRATION_TO_CALLBACK:
+            faults.append(
+                f"--report_to {name} is unknown; choose from {sorted(INTEGRATION_TO_CALLBACK)}"
+            )
+            continue
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            faults.append(f"--report_to {name}: {error}")
+    return faults
+
+
+def zero_stage(train: TrainArguments) -> int:
     """The ZeRO stage of the DeepSpeed configuration; 0 without one."""
-    if not train.deepspeed:
-        return 0
-    config = train.deepspeed
-    if not isinstance(config, dict):
-        config = json.loads(Path(config).read_text())
-    return config.get("zero_optimization", {}).get("stage", 0)
+    return train.zero.stage if train.zero else 0
 
 
 def report_meaningless(arguments: Arguments) -> None:
@@ -223,5 +290,7 @@ def report_meaningless(arguments: Arguments) -> None:
         )
     if arguments.data.data_aug:
         logger.warning("--data_aug True has no effect: the recipe has no augmentation")
+    for note in arguments.train.zero.notes if arguments.train.zero else ():
+        logger.warning(note)
     if arguments.model.mm_use_im_patch_token:
         logger.warning("--mm_use_im_patch_token True has no effect: no patch token is needed")

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sqllava.model.adapters import PARTS, part_of, trained_parts
+from sqllava.model.adapters import Training, part_of, trained_names, trained_parts
+from sqllava.model.model import SQLlavaForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +27,30 @@ class GradientAudit(TrainerCallback):
 
     Hooks see each gradient before DeepSpeed takes it away. Parts that need an image are judged at
     the first step that has one.
+
+    Args:
+        training: what the flags ask for, by which the model and its gradients are judged.
+
+    Raises:
+        GradientAuditError: the model is set to train something else.
     """
 
-    def __init__(self, model: nn.Module, learning_rates: dict[str, float]) -> None:
+    def __init__(
+        self,
+        model: SQLlavaForConditionalGeneration | PeftModel,
+        learning_rates: dict[str, float],
+        training: Training,
+    ) -> None:
         self.learning_rates = learning_rates
         self.model = model
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        wanted = trained_names(model, training)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        faults = [f"{name} is to train and is not set to" for name in sorted(wanted - trained)]
+        faults += [f"{name} is to stay and is set to train" for name in sorted(trained - wanted)]
+        _raise(faults)
+        self.names = sorted(wanted)
         self.seen: dict[str, bool] = {}  # name -> its gradient was not all zero
-        self.pending = set(PARTS)
+        self.pending = {part_of(name) for name in self.names}
         self.images = 0
         self.hooks = [
             parameter.register_hook(self._recorder(name))
@@ -63,9 +80,7 @@ class GradientAudit(TrainerCallback):
         if not self.pending:
             for hook in self.hooks:
                 hook.remove()
-        if faults:
-            shown = "\n  ".join(faults[:20])
-            raise GradientAuditError(f"{len(faults)} tensors fail the gradient audit:\n  {shown}")
+        _raise(faults)
         if reached:
             logger.info(
                 "gradient audit at step %d passed for %s: %d tensors have gradients",
@@ -75,12 +90,12 @@ class GradientAudit(TrainerCallback):
             )
 
     def _any_image(self) -> bool:
-        return bool(_any_rank(torch.tensor([self.images > 0]))[0])
+        return bool(any_rank(torch.tensor([self.images > 0]))[0])
 
     def _faults(self, parts: set[str]) -> list[str]:
         reached = torch.tensor([name in self.seen for name in self.names])
         nonzero = torch.tensor([self.seen.get(name, False) for name in self.names])
-        reached, nonzero = _any_rank(reached), _any_rank(nonzero)
+        reached, nonzero = any_rank(reached), any_rank(nonzero)
         faults = []
         for i, name in enumerate(self.names):
             if part_of(name) not in parts:
@@ -95,12 +110,22 @@ class GradientAudit(TrainerCallback):
         return faults
 
     def table(self) -> str:
-        """Parts, parameters, and learning rates, for the log."""
-        rows = [f"{'part':<16}{'parameters':>16}{'trained':>16}{'learning rate':>16}"]
+        """Parts, how many of their modules train, parameters, and learning rates, for the log."""
+        columns = ("modules trained", "parameters", "trained", "learning rate")
+        rows = [f"{'part':<16}" + "".join(f"{column:>16}" for column in columns)]
         for part, counts in trained_parts(self.model).items():
-            rate = f"{self.learning_rates[part]:g}" if counts["trained"] else "frozen"
-            rows.append(f"{part:<16}{counts['parameters']:>16,}{counts['trained']:>16,}{rate:>16}")
+            rate = f"{self.learning_rates[part]:g}" if counts.trained else "frozen"
+            modules = f"{counts.reached} of {counts.modules}"
+            rows.append(
+                f"{part:<16}{modules:>16}{counts.parameters:>16,}{counts.trained:>16,}{rate:>16}"
+            )
         return "\n".join(rows)
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        shown = "\n  ".join(faults[:20])
+        raise GradientAuditError(f"{len(faults)} tensors fail the gradient audit:\n  {shown}")
 
 
 def _waits_for_its_partner(name: str, names: list[str], nonzero: torch.Tensor) -> bool:
@@ -111,7 +136,7 @@ def _waits_for_its_partner(name: str, names: list[str], nonzero: torch.Tensor) -
     return partner in names and bool(nonzero[names.index(partner)])
 
 
-def _any_rank(flags: torch.Tensor) -> torch.Tensor:
+def any_rank(flags: torch.Tensor) -> torch.Tensor:
     """Logical or of a flag tensor over all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return flags

@@ -161,3 +161,6 @@ class RecipeArguments:
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Always false."})
     dataloader_num_workers: int = field(default=4, metadata={"help": "Workers per rank."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Always false: a loss that is no number must be seen."}
+    )

@@ -21,21 +21,24 @@ from transformers import enable_full_determinism, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
 
+from sqllava.checkpoint.base import base_record
 from sqllava.checkpoint.load import assemble, quantization
 from sqllava.checkpoint.published import SELECT_FEATURES
-from sqllava.checkpoint.stage1 import read_stage1
+from sqllava.checkpoint.stage1 import read_own_projector, read_stage1
 from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset
 from sqllava.data.images import ImagePreparer
 from sqllava.data.index import open_index
 from sqllava.encoding import image_token_id
 from sqllava.model.adapters import (
+    Adapter,
     apply_adapter,
     is_first_rank,
     load_adapter_state,
     prepare_training,
 )
 from sqllava.model.card import RUN_FILE
+from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
 from sqllava.train.arguments import (
@@ -45,6 +48,7 @@ from sqllava.train.arguments import (
     zero_stage,
 )
 from sqllava.train.audit import GradientAudit
+from sqllava.train.divergence import DivergenceError, FiniteSteps
 from sqllava.train.optim import learning_rates
 from sqllava.train.rows import (
     Attentions,
@@ -76,17 +80,22 @@ def train(argv: Sequence[str] | None = None) -> None:
         arguments = parse_arguments(argv)
         set_up(arguments)
         model, processor = build_model(arguments)
+        record_base(arguments, model.config)
         dataset = build_dataset(arguments, arguments.data.data_path, processor)
+        check_enough(arguments, dataset)
         set_seed(arguments.train.seed)  # new LoRA weights: the same however the model was loaded
         trained = prepare_training(model, arguments.training)
         start_from_stage1(arguments, trained)
     if zero_stage(arguments.train) == 3:
         gather_by_layer(trained)
-    audit = GradientAudit(trained, learning_rates(arguments.train))
+    audit = GradientAudit(trained, learning_rates(arguments.train), arguments.training)
     logger.info("what trains:\n%s", audit.table())
     trainer = build_trainer(arguments, trained, processor, dataset, audit)
-    trainer.train(resume_from_checkpoint=find_checkpoint(arguments))
-    save_result(arguments, trainer)
+    try:
+        trainer.train(resume_from_checkpoint=find_checkpoint(arguments))
+        save_result(arguments, trainer)
+    except DivergenceError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 @contextlib.contextmanager
@@ -245,14 +254,34 @@ def build_dataset(
     )
 
 
+def check_enough(arguments: Arguments, dataset: InstructionDataset) -> None:
+    """Raises ValueError if --dataloader_drop_last leaves nothing to train on."""
+    train = arguments.train
+    batch = train.per_device_train_batch_size * train.world_size
+    if train.dataloader_drop_last and len(dataset) < batch:
+        raise ValueError(
+            f"{arguments.data.data_path}: {len(dataset)} records are fewer than one batch of "
+            f"{batch}, and --dataloader_drop_last True drops them all"
+        )
+
+
 def start_from_stage1(
     arguments: Arguments, trained: SQLlavaForConditionalGeneration | PeftModel
 ) -> None:
-    """Gives the projector and the ViT-LoRA the weights of --pretrain_mm_mlp_adapter."""
+    """Gives the projector and the ViT-LoRA the weights of --pretrain_mm_mlp_adapter, or the
+    projector those that the base brings along.
+
+    Raises:
+        ValueError: the weights do not fit, or some of them would be lost.
+    """
     path = arguments.model.pretrain_mm_mlp_adapter
     if path is None:
-        return
-    stage1 = read_stage1(Path(path), cast(Any, trained.config))
+        stage1 = own_projector(arguments, cast(Any, trained.config))
+        if stage1 is None:
+            return
+        path = f"{stage1.source} (its own projector)"
+    else:
+        stage1 = read_stage1(Path(path), cast(Any, trained.config))
     if not isinstance(trained, PeftModel):
         apply_adapter(trained, stage1)
         logger.info("starting from %s, merged in", path)
@@ -260,7 +289,11 @@ def start_from_stage1(
     parts = ["projector"]
     # A whole model has its ViT-LoRA merged in, and LLaVA's projectors come without one: then a
     # new one begins.
-    if arguments.training.vision_lora and stage1.vision_lora:
+    if stage1.vision_lora:
+        if arguments.training.vision_lora is None:
+            raise ValueError(
+                f"{path} has a ViT-LoRA, which --vit_lora_enable False would leave out"
+            )
         parts.append("vision tower")
         alpha = arguments.training.vision_lora.alpha
         if stage1.vision_lora.alpha != alpha:
@@ -270,6 +303,34 @@ def start_from_stage1(
             )
     load_adapter_state(trained, stage1.state, parts, path)
     logger.info("starting from %s: %s", path, " and ".join(parts))
+
+
+def own_projector(arguments: Arguments, config: SQLlavaConfig) -> Adapter | None:
+    """The base's own trained projector. Without one, or where stage 1 makes one of another type,
+    a new one begins, which is said.
+
+    Raises:
+        ValueError: the base's is of another type, or there is none and --freeze_mm_mlp_adapter.
+    """
+    flags = arguments.model
+    try:
+        own = read_own_projector(flags.model_name_or_path, config)
+    except ValueError as error:
+        if not flags.tune_mm_mlp_adapter:
+            raise ValueError(
+                f"{error}: set --mm_projector_type as it is there, or name the projector to start "
+                "from with --pretrain_mm_mlp_adapter"
+            ) from None
+        logger.warning("%s: a new projector begins", error)
+        return None
+    if own is None:
+        if not arguments.training.projector:
+            raise ValueError(
+                "--freeze_mm_mlp_adapter without --pretrain_mm_mlp_adapter: the projector would "
+                "stay as chance made it"
+            )
+        logger.info("a new projector begins, with weights of chance")
+    return own
 
 
 def gather_by_layer(model: SQLlavaForConditionalGeneration | PeftModel) -> None:
@@ -310,6 +371,7 @@ def build_trainer(
         data_collator=collator,
         processing_class=processor,
         audit=audit,
+        finite=FiniteSteps(arguments.data.data_path, gradients=not arguments.train.fp16),
         max_bad_samples=arguments.data.max_bad_samples,
         sizes=sizes,
     )
@@ -345,9 +407,20 @@ def write_run_file(arguments: Arguments, output_dir: Path) -> None:
         "packages": {name: _version(name) for name in packages}
         | {"python": platform.python_version()},
     }
-    unfinished = output_dir / f"{RUN_FILE}.tmp"
+    _write_whole(output_dir / RUN_FILE, run)
+
+
+def record_base(arguments: Arguments, config: SQLlavaConfig) -> None:
+    """Adds to sqllava_run.json which base and tower this is, so that no other passes for it."""
+    if is_first_rank():
+        file = Path(cast(str, arguments.train.output_dir)) / RUN_FILE
+        _write_whole(file, json.loads(file.read_text()) | {"base": base_record(config)})
+
+
+def _write_whole(file: Path, run: dict[str, Any]) -> None:
+    unfinished = file.with_suffix(".json.tmp")
     unfinished.write_text(json.dumps(run, indent=1, default=str) + "\n")
-    unfinished.replace(output_dir / RUN_FILE)
+    unfinished.replace(file)
 
 
 def _version(package: str) -> str | None:

@@ -1,6 +1,7 @@
 """transformers' Trainer with our sampler, learning rates, statistics and checkpoints."""
 
 import logging
+import math
 import shutil
 import time
 from collections import Counter
@@ -22,11 +23,13 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from sqllava.checkpoint.weights import has_weights
 from sqllava.data.dataset import InstructionDataset
 from sqllava.data.sampler import GroupedSampler
 from sqllava.model.adapters import adapter_state, save_adapter
 from sqllava.train.arguments import TrainArguments
 from sqllava.train.audit import GradientAudit
+from sqllava.train.divergence import DivergenceError, FiniteSteps, check_weights
 from sqllava.train.optim import build_param_groups
 from sqllava.train.rows import RowSampler, Sizes
 
@@ -56,6 +59,7 @@ class SQLlavaTrainer(Trainer):
 
     Args:
         audit: the step-one audit.
+        finite: the watch over every step's loss and gradient norm.
         max_bad_samples: skipped or replaced samples, over all ranks, at which the run stops.
         sizes: of the training records, to deal them out as rows, which the collator must make;
             None for rectangles.
@@ -68,12 +72,14 @@ class SQLlavaTrainer(Trainer):
         self,
         *,
         audit: GradientAudit,
+        finite: FiniteSteps,
         max_bad_samples: int,
         sizes: Sizes | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(callbacks=[audit], **kwargs)
         self.audit = audit
+        self.finite = finite
         self.sizes = sizes
         self._order: GroupedSampler | RowSampler | None = None
         self.add_callback(_EpochOrder(self))
@@ -132,6 +138,16 @@ class SQLlavaTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """The schedule, in shares of each part's own rate."""
+        inner = cast(Any, getattr(optimizer or self.optimizer, "optimizer", None))
+        if inner is not None and not hasattr(inner, "defaults"):
+            # DeepSpeed's wrapper lacks what some schedules read of the optimiser within.
+            inner.defaults = inner.optimizer.defaults
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -147,10 +163,26 @@ class SQLlavaTrainer(Trainer):
             for index, reason in stats["skipped"]:
                 self.counts["skipped"] += 1
                 self._bad[index] = reason
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            loss = cast(torch.Tensor, result[0] if return_outputs else result)
+            self.finite.saw(loss, stats["indices"])
+        return result
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None, *args: Any, **kw: Any
+    ) -> None:
+        """What comes after an optimiser step: first it must have been one."""
+        self.finite.end_step(self.state.global_step, grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kw)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was counted since the last log line, over all ranks."""
+        if not math.isfinite(logs.get("eval_loss", 0.0)):
+            raise DivergenceError(
+                f"training has diverged: the validation loss after step {self.state.global_step} "
+                f"is {logs['eval_loss']}"
+            )
         if "loss" in logs:
             logs |= self._statistics()
         elif "train_loss" in logs:  # the end of the run: what came after the last log line
@@ -204,9 +236,17 @@ class SQLlavaTrainer(Trainer):
         return max(seconds, 1e-9)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves an adapter directory (or the whole model, where all of it trains)."""
+        """Saves an adapter directory (or the whole model, where all of it trains).
+
+        Raises:
+            DivergenceError: weights are not finite; nothing is written.
+        """
+        check_weights(cast(nn.Module, self.model))
         if not isinstance(self.model, PeftModel):
             super().save_model(output_dir, _internal_call)
+            folder = Path(output_dir or cast(str, self.args.output_dir))
+            if self.args.should_save and not has_weights(folder):
+                raise RuntimeError(f"{folder}: the model was saved without its weights")
             return
         state = adapter_state(self.model)
         if self.args.should_save:
