@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sqllava.conversation import TEMPLATES, turns_from_record
 from sqllava.data import histogram
-from sqllava.data.images import load_image, resolve_image
+from sqllava.data.images import ImageError, read_image, resolve_image
 from sqllava.data.records import RecordError, check_record, file_kind, image_names, iter_with_text
 from sqllava.data.sources import image_folders
 from sqllava.data.unpack import IMAGE_SUFFIXES
@@ -50,12 +50,14 @@ class Examined:
 
     Attributes:
         tokens: its length, image placeholders included; `supervised` of them are targets.
+        scaled: how its greys of more than 8 bits became 8, an entry for each such image.
     """
 
     fault: Fault | None = None
     images: int = 0
     tokens: int = 0
     supervised: int = 0
+    scaled: tuple[str, ...] = ()
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Report:
             no fault.
         images_were: "not looked for", "found" or "decoded".
         estimated: whether lengths are estimated from characters, for want of a tokenizer.
+        scaled: greys of more than 8 bits by how they became 8, where images were decoded.
         over_length: usable records longer than `max_length`; their last turns will be dropped.
     """
 
@@ -86,6 +89,7 @@ class Report:
     text_only: int = 0
     several_images: int = 0
     images: int = 0
+    scaled: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     supervised: int = 0
     over_length: int = 0
@@ -105,6 +109,7 @@ class Report:
         self.text_only += examined.images == 0
         self.several_images += examined.images > 1
         self.images += examined.images
+        self.scaled.update(examined.scaled)
         self.tokens += examined.tokens
         self.supervised += examined.supervised
         self.over_length += examined.tokens > self.max_length
@@ -133,20 +138,27 @@ class Examiner:
         number, record = item
         try:
             check_record(record, self.file, number)
-            self._check_images(record)
-            return self._measure(number, record)
+            scaled = self._check_images(record)
+            return replace(self._measure(number, record), scaled=scaled)
         except ValueError as error:
             identity = record.get("id") if isinstance(record, dict) else None
             cause = error.__cause__ if isinstance(error, RecordError) else error
             return Examined(Fault(number, f"{identity!r:.80}", _printable(str(cause or error))))
 
-    def _check_images(self, record: dict[str, Any]) -> None:
+    def _check_images(self, record: dict[str, Any]) -> tuple[str, ...]:
+        """Looks for the images; gives how they were scaled, of those that were."""
         if self.images is None:
-            return
-        for name in image_names(record):
-            path = resolve_image(self.images, name)
-            if self.decode:
-                load_image(path)
+            return ()
+        paths = [resolve_image(self.images, name) for name in image_names(record)]
+        return tuple(filter(None, map(self._decode, paths))) if self.decode else ()
+
+    def _decode(self, path: Path) -> str:
+        loaded = read_image(path)
+        try:
+            self.view.prepare_image.check(loaded.image)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from error
+        return loaded.scaled
 
     def _measure(self, number: int, record: dict[str, Any]) -> Examined:
         images = len(image_names(record))
@@ -371,6 +383,7 @@ def table(report: Report) -> str:
         f"  tokens             {about}{report.tokens}",
         f"  of them targets    {about}{report.supervised} ({report.supervised / tokens:.1%})",
     ]
+    lines[6:6] = [f"  greys scaled       {n}: {how}" for how, n in report.scaled.items()]
     if report.lengths:
         points = np.percentile(np.asarray(report.lengths), (50, 95, 100))
         shown = ", ".join(f"{point:.0f}" for point in points)

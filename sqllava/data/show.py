@@ -25,7 +25,7 @@ from sqllava.conversation import (
     render,
     turns_from_record,
 )
-from sqllava.data.images import load_image, resolve_image
+from sqllava.data.images import read_image, resolve_image
 from sqllava.data.index import open_index
 from sqllava.data.records import check_record, image_names
 from sqllava.data.view import View, open_view
@@ -257,9 +257,10 @@ def _text(tokens: Sequence[Token]) -> str:
 def _picture(name: str, settings: Settings) -> tuple[str, str, Image.Image | None]:
     if settings.images is None:
         return name, "not looked for (give --images)", None
-    image = load_image(resolve_image(settings.images, name))
+    image, scaled = read_image(resolve_image(settings.images, name))
     seen = settings.view.prepare_image.view(image)
     size = f"{image.width}x{image.height}, seen as {seen.width}x{seen.height}"
+    size += f", greys scaled: {scaled}" if scaled else ""
     return name, size, seen
 
 
