@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from sqllava.conversation import IMAGE, turns_from_record
 from sqllava.data.formats import LOOK_BYTES, mistaken_for
+from sqllava.data.media import unread_media
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,9 @@ def _check(record: Any) -> None:
         keys = ", ".join(map(str, record))
         raise ValueError(f"'conversations' must be a list of turns; found the keys {keys!r:.200}")
     turns = turns_from_record(record)
+    unread = unread_media(record, record["conversations"])
+    if unread:
+        raise ValueError(unread)
     marks, names = sum(turn.images for turn in turns), image_names(record)
     if marks != len(names):
         raise ValueError(
@@ -226,7 +230,8 @@ def _normalize_turns(turns: list[Any], record: dict[str, Any]) -> tuple[list[Any
 def _from_role(turn: Any) -> Any:
     if not isinstance(turn, dict) or "from" in turn:
         return turn
-    return {"from": turn.get("role"), "value": turn.get("content")}
+    others = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    return {"from": turn.get("role"), "value": turn.get("content"), **others}
 
 
 def _from_parts(turn: Any, names: list[Any]) -> Any:
