@@ -1,7 +1,9 @@
 """What a file is that should have held records, by its first bytes.
 
-Under `records.py` on the data's path.
+Under `records.py` and `download.py` on the data's path.
 """
+
+from pathlib import Path
 
 # How many bytes `mistaken_for` wants to see.
 LOOK_BYTES = 1024
@@ -48,6 +50,19 @@ def mistaken_for(start: bytes) -> str:
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "an HTML page, as a server sends in place of a file; fetch it again"
     return "an XML file; records are JSON or Parquet" if text.startswith(b"<?xml") else ""
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file in UTF-8, with or without a mark; ValueError says what it is."""
+    data = path.read_bytes()
+    found = mistaken_for(data[:LOOK_BYTES])
+    if found:
+        raise ValueError(f"{path}: expected text; the file is {found}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: line {line}: not text in UTF-8: {error}") from error
 
 
 def _is_wide(start: bytes) -> bool:
