@@ -203,6 +203,20 @@ def test_the_layout_is_counted_against_the_known_numbers(tmp_path, capsys):
     assert stop.value.code == 1 and "64344 missing" in capsys.readouterr().out
 
 
+def test_flags_that_cannot_be_meant_are_named_before_anything_is_read(file, tmp_path):
+    before = file.read_bytes()
+    for flags, message in {
+        ("--images", tmp_path / "gone"): "--images .*gone: no such folder",
+        ("--out", file): "--out .*data.json: a file; name a folder",
+        ("--write-clean", file): "that is the file to check; name another",
+        ("--write-clean", tmp_path / "no" / "c.json"): "there is no folder .*no$",
+        ("--model-max-length", 0): "must be at least 1, found 0",
+    }.items():
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            main(["check", str(file), *map(str, flags)])
+    assert file.read_bytes() == before
+
+
 def test_nothing_to_check_is_said():
     with pytest.raises(SystemExit, match="nothing to check"):
         main(["check"])

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sqllava.conversation import TEMPLATES, turns_from_record
+from sqllava.conversation import TEMPLATES, check_share, turns_from_record
 from sqllava.data import histogram
 from sqllava.data.images import ImageError, read_image, resolve_image
 from sqllava.data.records import RecordError, check_record, file_kind, image_names, iter_with_text
@@ -196,6 +196,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 1 if a record cannot be used, or the layout is not complete."""
     if args.file is None and args.images is None:
         raise ValueError("nothing to check: name a FILE, --images ROOT, or both")
+    _check_flags(args)
     folders = count_folders(args.images) if args.images else {}
     if args.file is None:
         sys.stdout.write(layout_table(folders))
@@ -215,6 +216,21 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         write(report, folders, args.out)
     return int(bool(report.faults or report.stopped))
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    check_share(args.sq_r)
+    if args.model_max_length < 1:
+        raise ValueError(f"--model-max-length must be at least 1, found {args.model_max_length}")
+    if args.images and not args.images.is_dir():
+        raise FileNotFoundError(f"--images {args.images}: no such folder")
+    clean = args.write_clean
+    if clean and args.file and clean.exists() and clean.samefile(args.file):
+        raise ValueError(f"--write-clean {clean}: that is the file to check; name another")
+    if clean and not clean.parent.is_dir():
+        raise FileNotFoundError(f"--write-clean {clean}: there is no folder {clean.parent}")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: a file; name a folder")
 
 
 def check(examiner: Examiner, jobs: int | None = 1, clean: Path | None = None) -> Report:
@@ -311,7 +327,8 @@ class _CleanWriter:
         self._path, self._bad = path, path.with_name(path.stem + ".bad.jsonl")
         self._unfinished = path.with_name(path.name + ".tmp")
         self._unfinished_bad = self._bad.with_name(self._bad.name + ".tmp")
-        self._out, self._list = self._unfinished.open("w"), self._unfinished_bad.open("w")
+        self._out = self._unfinished.open("w", encoding="utf-8")
+        self._list = self._unfinished_bad.open("w", encoding="utf-8")
         self._separator = "[\n"
 
     def add(self, text: str, fault: Fault | None) -> None:
@@ -418,7 +435,7 @@ def write(report: Report, folders: dict[str, tuple[int, int, bool]], folder: Pat
     }
     (folder / "report.json").write_text(json.dumps(values, indent=1) + "\n")
     title = "tokens of a record" + (" (estimated)" if report.estimated else "")
-    (folder / "lengths.svg").write_text(histogram.draw(counted, title, report.max_length))
+    (folder / "lengths.svg").write_text(histogram.draw(counted, title, report.max_length), "utf-8")
 
 
 def _printable(text: str) -> str:

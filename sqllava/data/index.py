@@ -27,7 +27,7 @@ from sqllava.data.records import image_names, iter_with_text, require_file
 logger = logging.getLogger(__name__)
 
 _FOLDER = ".sqllava"
-_VERSION = 2
+_VERSION = 3
 _BATCH_RECORDS = 2048
 _BATCH_CHARACTERS = 4 << 20
 _READS_MAPPED = 64
