@@ -161,8 +161,7 @@ def choose_self_questions(
         rng: a generator of the caller's, so that the draw has an address; may be None when the
             ratio is 0 or 1, where nothing is drawn.
     """
-    if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"the self-questioning ratio must be in [0, 1], found {ratio}")
+    check_share(ratio)
     if 0.0 < ratio < 1.0 and rng is None:
         raise ValueError("a self-questioning ratio between 0 and 1 needs a random generator")
     if ratio == 0.0 or not any(turn.images for turn in turns):
@@ -177,6 +176,12 @@ def choose_self_questions(
         else turn
         for number, turn in enumerate(turns)
     ]
+
+
+def check_share(ratio: float) -> None:
+    """Raises ValueError if it cannot be a share of self-questions."""
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"the self-questioning ratio must be in [0, 1], found {ratio}")
 
 
 def render(turns: Sequence[Turn], template: Template) -> list[Piece]:

@@ -16,7 +16,10 @@ class FileServer:
         faults: path -> what to do to its first requests, one each: "cut" (end at half of what is
             due), "stall" (send half, then nothing), "drop" (no answer), "hub" (redirect as the
             Hugging Face hub does, with the SHA-256), "hub-lie" (with another one), "no-range"
-            (ignore the range), "wrong-range" (answer with another range), or an HTTP status.
+            (ignore the range), "wrong-range" (answer with another range), "no-if-range" (send the
+            range of whatever the file is now), "bad-length" (Content-Length: abc), "no-length",
+            "drip" (a byte at a time, without end), "loop" (redirect to itself), "redirect:URL", or
+            an HTTP status.
         requests: (path, Range header) of all requests.
     """
 
@@ -67,6 +70,12 @@ class FileServer:
             handler.send_header("Location", self.url("/real" + path))
             handler.end_headers()
             return
+        if fault == "loop" or str(fault).startswith("redirect:"):
+            handler.send_response(302)
+            target = path if fault == "loop" else fault.removeprefix("redirect:")
+            handler.send_header("Location", target)
+            handler.end_headers()
+            return
         if path not in self.files:
             handler.send_error(404)
             return
@@ -78,7 +87,7 @@ class FileServer:
         etag = f'"{hashlib.md5(content).hexdigest()}"'
         match = re.fullmatch(r"bytes=(\d+)-", wanted or "")
         start = int(match[1]) if match else 0
-        same = handler.headers.get("If-Range") in (None, etag)
+        same = handler.headers.get("If-Range") in (None, etag) or fault == "no-if-range"
         if match and same and fault != "no-range":
             if start >= len(content):
                 handler.send_response(416)
@@ -94,8 +103,12 @@ class FileServer:
             handler.send_response(200)
         body = content[start:]
         handler.send_header("ETag", etag)
-        handler.send_header("Content-Length", str(len(body)))
+        if fault not in ("no-length", "drip"):
+            length = "abc" if fault == "bad-length" else str(len(body))
+            handler.send_header("Content-Length", length)
         handler.end_headers()
+        while fault == "drip" and not self.stalled.wait(0.01):
+            handler.wfile.write(b"x")
         if fault in ("cut", "stall"):
             handler.wfile.write(body[: len(body) // 2])
             handler.wfile.flush()

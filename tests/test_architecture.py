@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "sqllava"
 BENEATH = {
     "conversation": set(),
     "encoding": {"conversation"},
-    "model": {"encoding", "conversation"},
     "data": {"encoding", "conversation"},
+    "model": {"data", "encoding", "conversation"},
     "checkpoint": {"model", "data", "encoding", "conversation"},
     "generation": {"checkpoint", "model", "data", "encoding", "conversation"},
     "ask": {"generation", "checkpoint", "model", "data", "encoding", "conversation"},

@@ -31,6 +31,7 @@ def parse(stage, data, **changes):
         (2, {"sq_r": 1.5}, "--sq_r 1.5 must be between 0 and 1"),
         (2, {"version": "v1"}, "--sq_r has no effect with --version v1"),
         (2, {"data_path": "nowhere.json"}, "--data_path nowhere.json: no such file"),
+        (2, {"data_path": "lmms-lab/x"}, "no such file; nothing is fetched from the hub: download"),
         (2, {"image_folder": "nowhere"}, "--image_folder nowhere: no such folder"),
         (2, {"vit_lora_enable": False}, "--vision_tower_lr needs --vit_lora_enable"),
         (2, {"freeze_mm_mlp_adapter": True, "mm_projector_lr": 1e-4}, "frozen projector"),

@@ -17,7 +17,7 @@ from PIL import Image
 from training import GOLDEN
 
 from sqllava.data import histogram
-from sqllava.data.check import Examiner, check, count_folders, layout_table
+from sqllava.data.check import Examiner, check, count_folders, layout_table, table
 from sqllava.data.cli import main
 from sqllava.data.index import open_index
 from sqllava.data.records import check_record
@@ -88,6 +88,31 @@ def test_without_decode_a_broken_image_is_not_seen_and_without_images_none_is_mi
     found = check(examiner(file, images=images))
     assert [fault.record for fault in found.faults] == [2, 4, 5, 6, 7]
     assert [fault.record for fault in check(examiner(file)).faults] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_deep_greys_and_long_strips_are_told_where_images_are_decoded(tmp_path, images, jobs):
+    scan = np.arange(64, dtype=np.uint16).reshape(8, 8) * 64
+    Image.fromarray(scan).save(images / "scan.png")
+    Image.fromarray((scan / 4095).astype(np.float32)).save(images / "float.tif")
+    Image.new("1", (70_000, 1)).save(images / "long.png")
+    Image.new("1", (30_000, 1)).save(images / "strip.png")
+    names = ("a.jpg", "scan.png", "scan.png", "float.tif", "long.png", "strip.png")
+    path = tmp_path / "data.json"
+    path.write_text(
+        json.dumps([{"id": name, "image": name, "conversations": MARKED} for name in names])
+    )
+    report = check(examiner(path, images=images, decode=True), jobs)
+    assert report.scaled == {"12 bits": 2, "floats of 0 to 1": 1}
+    assert "greys scaled       2: 12 bits" in table(report)
+    assert [(f.id, "side of more than 65535" in f.reason) for f in report.faults] == [
+        ("'long.png'", True)
+    ]
+    crop = open_view(None, "crop")
+    report = check(examiner(path, images=images, decode=True, view=crop), jobs)
+    assert [f.id for f in report.faults] == ["'long.png'", "'strip.png'"]
+    assert "strip.png: 30000x1 is too thin to be cropped" in report.faults[1].reason
+    assert not check(examiner(path, images=images), jobs).scaled
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -176,6 +201,20 @@ def test_the_layout_is_counted_against_the_known_numbers(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["check", "--images", str(tmp_path)])
     assert stop.value.code == 1 and "64344 missing" in capsys.readouterr().out
+
+
+def test_flags_that_cannot_be_meant_are_named_before_anything_is_read(file, tmp_path):
+    before = file.read_bytes()
+    for flags, message in {
+        ("--images", tmp_path / "gone"): "--images .*gone: no such folder",
+        ("--out", file): "--out .*data.json: a file; name a folder",
+        ("--write-clean", file): "that is the file to check; name another",
+        ("--write-clean", tmp_path / "no" / "c.json"): "there is no folder .*no$",
+        ("--model-max-length", 0): "must be at least 1, found 0",
+    }.items():
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            main(["check", str(file), *map(str, flags)])
+    assert file.read_bytes() == before
 
 
 def test_nothing_to_check_is_said():

@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset, Sample, SampleKey
+from sqllava.data.images import ImagePreparer
 from sqllava.data.index import open_index
 from sqllava.data.records import RecordError
 from sqllava.encoding import IGNORE_INDEX, encode_record, image_token_id
@@ -163,6 +165,23 @@ def test_skip_keeps_the_batch_shape_and_says_why(make):
     batch = Collator(0)([dataset[number] for number in range(9)])
     assert batch["input_ids"].shape[0] == 9
     assert [number for number, _ in batch["sample_stats"]["skipped"]] == list(REASONS)
+
+
+def test_a_strip_beyond_the_bounds_is_skipped_and_one_within_is_used(make):
+    clip = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    processors = {pad: LlavaImageProcessorPil(**clip, do_pad=pad) for pad in (True, False)}
+    names = ("long.png", "strip.png")
+    records = [record(0), record(2, image="long.png"), record(4, image="strip.png")]
+    for pad, processor in processors.items():
+        prepare = ImagePreparer(processor)
+        dataset = make(records, prepare_image=prepare, bad_samples="skip")
+        Image.new("1", (70_000, 1)).save(dataset.image_folder / names[0])
+        Image.new("1", (65_000, 1)).save(dataset.image_folder / names[1])
+        assert "side of more than 65535" in dataset[1].skipped
+        if pad:
+            assert dataset[2].skipped is None and dataset[2].pixel_values.shape == (1, 3, 56, 56)
+        else:
+            assert "record 2 " in dataset[2].skipped and "too thin" in dataset[2].skipped
 
 
 def test_replace_takes_the_next_of_the_same_modality(make):

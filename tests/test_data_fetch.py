@@ -1,17 +1,21 @@
 """Downloads from a server that misbehaves: whole and right, or a failure with its name."""
 
+import errno
 import hashlib
 import multiprocessing
+import re
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import FileServer
 
-from sqllava.data.fetch import DownloadError, Expected, Patience, fetch
+from sqllava.data import fetch as fetch_module
+from sqllava.data.fetch import DownloadError, Expected, Patience, WriteError, address, fetch
 
 CONTENT = bytes(range(256)) * 4000
 MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
@@ -135,6 +139,124 @@ def test_a_file_that_changed_on_the_server_is_not_mixed_with_the_old_one(server,
     server.files["/a.bin"] = CONTENT[::-1]
     get(server, tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == CONTENT[::-1]
+
+
+def test_a_changed_file_is_found_where_the_server_knows_no_if_range(server, tmp_path):
+    server.faults["/a.bin"] = ["cut", 404]
+    with pytest.raises(DownloadError):
+        get(server, tmp_path / "a.bin")
+    server.files["/a.bin"] = CONTENT[::-1]
+    server.faults["/a.bin"] = ["no-if-range"]
+    get(server, tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT[::-1]
+
+
+@pytest.mark.parametrize("known", ["\ufffd", "a\nb: c", "é", ""])
+def test_a_spoilt_note_of_what_is_here_means_a_fresh_start(server, tmp_path, known):
+    (tmp_path / "a.bin.part").write_bytes(b"old")
+    (tmp_path / "a.bin.part.etag").write_text(known)
+    get(server, tmp_path / "a.bin", checksum=MD5)
+    assert server.requests == [("/a.bin", None)]
+
+
+@pytest.mark.parametrize("fault", ["bad-length", "no-length"])
+def test_a_length_that_is_none_is_no_matter(server, tmp_path, fault):
+    server.faults["/a.bin"] = [fault]
+    get(server, tmp_path / "a.bin", size=len(CONTENT), checksum=MD5)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+
+
+ODD = [
+    ("http://[::1", "Invalid IPv6"),
+    ("http://" + "a" * 64 + ".org/a.jpg", "label"),
+    ("http://127.0.0.1:99999/a.jpg", "[Pp]ort"),
+    ("http://127.0.0.1:x/a.jpg", "[Pp]ort"),
+    ("http:///a.jpg", "not an http or https address"),
+    ("file:///etc/passwd", "not an http or https address"),
+    ("ftp://127.0.0.1/a.jpg", "not an http or https address"),
+    ("data:image/png;base64,AA", "not an http or https address"),
+    ("a.jpg", "not an http or https address"),
+    ("", "not an http or https address"),
+    ("http://\ud800/", ""),
+    ("http://a\0b/", ""),
+]
+
+
+@pytest.mark.parametrize(("url", "reason"), ODD)
+def test_what_is_no_address_is_said_at_once(tmp_path, url, reason):
+    with pytest.raises(DownloadError, match=re.escape(url) + ": .*" + reason):
+        fetch(url, tmp_path / "a.bin", Expected(), Patience(0.5, 2, 0.0), quiet=True)
+    assert left_behind(tmp_path) == []
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.text(max_size=20), st.sampled_from(["", "http://", "http://127.0.0.1:1/", "https://["]))
+def test_any_text_in_place_of_an_address_fails_as_ours(tmp_path_factory, text, start):
+    path = tmp_path_factory.mktemp("odd") / "a.bin"
+    with pytest.MonkeyPatch.context() as patch:
+        refused = ConnectionRefusedError("refused")
+        patch.setattr("socket.create_connection", lambda *_, **__: _raise(refused))
+        with pytest.raises(DownloadError):
+            fetch(start + text, path, Expected(), Patience(0.5, 1, 0.0), quiet=True)
+
+
+def _raise(error):
+    raise error
+
+
+def test_letters_of_any_script_are_sent_as_browsers_do(server, tmp_path):
+    server.files |= {"/%C3%BC%20b.jpg?q=%C3%A9&x=%20~": CONTENT}
+    url = server.url("/ü b.jpg?q=é&x=%20~")
+    fetch(url, tmp_path / "a.bin", Expected(), HURRIED, quiet=True)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+    assert address("https://x.org/a~b__c/%20?S=1&K=a/b+c") == "https://x.org/a~b__c/%20?S=1&K=a/b+c"
+    assert address("https://bücher.example") == "https://xn--bcher-kva.example/"
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("loop", "HTTP 302 .*infinite loop"),
+        ("redirect:ftp://127.0.0.1/a.bin", "not an http or https address"),
+        ("redirect:file:///etc/passwd", "."),
+        ("redirect:http://[::1", "Invalid IPv6"),
+    ],
+)
+def test_redirects_that_lead_nowhere_fail_at_once(server, tmp_path, fault, reason):
+    server.faults["/a.bin"] = [fault] * 30
+    with pytest.raises(DownloadError, match=reason) as caught:
+        get(server, tmp_path / "a.bin")
+    assert "\n" not in str(caught.value) and left_behind(tmp_path) == []
+
+
+def test_a_transfer_is_bounded_in_time_and_size_where_that_is_asked(server, tmp_path):
+    server.faults["/a.bin"] = ["drip"]
+    bounded = Patience(timeout=5, tries=2, pause=0.01, longest=0.2)
+    with pytest.raises(DownloadError, match="not done after 0 seconds"):
+        fetch(server.url("/a.bin"), tmp_path / "a.bin", Expected(), bounded, quiet=True)
+    server.faults["/a.bin"] = ["drop"] * 900
+    with pytest.raises(DownloadError, match="not done after 0 seconds"):
+        patient = replace(bounded, tries=900)
+        fetch(server.url("/a.bin"), tmp_path / "a.bin", Expected(), patient, quiet=True)
+    server.faults.clear()
+    with pytest.raises(DownloadError, match="more than 1000 bytes"):
+        get(server, tmp_path / "b.bin", most=1000)
+
+
+def test_a_full_disk_is_told_from_a_bad_server(server, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def write(self, chunk):
+        with fetch_module._writing(self._handle.name):
+            raise full
+
+    monkeypatch.setattr(fetch_module._Transfer, "_write", write)
+    with pytest.raises(WriteError, match=r"a\.bin\.part: cannot be written: No space left"):
+        get(server, tmp_path / "a.bin")
+    assert len(server.requests) == 1
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="cannot be written"):
+        get(server, tmp_path / "file" / "a.bin")
 
 
 @pytest.mark.parametrize("extra", [0, 5])

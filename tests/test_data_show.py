@@ -128,3 +128,59 @@ def test_a_number_beyond_the_file_is_an_error(file):
         main(["show", str(file), "-i", "3"])
     with pytest.raises(SystemExit, match="no such data file"):
         main(["show", "nowhere.json"])
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_a_count_of_none_is_an_error(file, count):
+    with pytest.raises(SystemExit, match=f"--count must be at least 1, found {count}"):
+        main(["show", str(file), "-n", str(count)])
+
+
+def test_fewer_records_than_asked_for_are_said(file, caplog, capsys):
+    run(capsys, file, "-i", 1, "-n", 5)
+    assert "data.json: ends with record 2; fewer than asked for" in caplog.text
+
+
+@pytest.mark.parametrize("command", ["show", "check"])
+def test_a_share_beyond_one_is_an_error_of_the_flag_not_of_the_records(file, command):
+    with pytest.raises(SystemExit, match=r"error: the self-questioning ratio must be in .*2\.0"):
+        main([command, str(file), "--sq-r", "2"])
+
+
+def models(tmp_path) -> dict[str, str]:
+    """Values of --model that name no model, with what is said of each."""
+    folders = {
+        "empty": {},
+        "code": {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["x.Y", null]}}'},
+        "broken": {"processor_config.json": "{", "tokenizer.json": ""},
+        "odd": {"tokenizer.json": "[]"},
+        "adapter": {"adapter_config.json": "{}"},
+    }
+    for name, files in folders.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text)
+    return {
+        "lmms-lab/none": r"no model of the hub .*download it first \(hf download lmms-lab/none\)",
+        "https://huggingface.co/a/b": "no such folder, and no model of the hub",
+        "some/where/deep": "no such folder, and no model of the hub",
+        "a\tb": "no such folder",
+        str(tmp_path / "data.json"): "a file; name the model's folder",
+        str(tmp_path / "empty"): "holds no tokenizer; expected one of tokenizer.json",
+        str(tmp_path / "code"): "it wants to run code of its own, which is never done",
+        str(tmp_path / "broken"): "its tokenizer does not open: ",
+        str(tmp_path / "odd"): "its tokenizer does not open: ",
+        str(tmp_path / "adapter"): "an adapter without its processor's files; name its base",
+    }
+
+
+def test_a_model_that_does_not_open_is_named_with_the_reason(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    for model, reason in models(tmp_path).items():
+        for command in ("show", "check", "index"):
+            with pytest.raises(SystemExit) as stop:
+                main([command, str(file), "--model", model])
+            message = str(stop.value)
+            assert re.match(f"error: --model {re.escape(model)}: .*{reason}", message), message
+            assert "\n" not in message

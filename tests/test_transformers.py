@@ -4,11 +4,13 @@ inference servers ask of a modeling backend."""
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from golden_numbers import GOLDEN, image
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -25,6 +27,7 @@ import sqllava
 from sqllava.checkpoint.convert import Options, convert
 from sqllava.checkpoint.load import load
 from sqllava.conversation import TEMPLATES, Turn
+from sqllava.data.images import ImagePreparer, to_rgb
 from sqllava.encoding import encode_prompt, encode_record
 from sqllava.model.chat import chat_template
 
@@ -69,6 +72,29 @@ def test_pipeline_answers_as_generate_does(loaded, folder):
     ids = model.generate(**inputs, pixel_values=pixels, max_new_tokens=8)
     expected = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer == expected
+
+
+def test_the_processor_prepares_any_picture_as_training_does(loaded, monkeypatch):
+    _, processor = loaded
+    scan = Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64))  # 12 bits in 16
+    strip = Image.new("L", (12_000, 2), 250)
+    pictures = [scan, strip, image("0.png")]
+    text = ["<image>"] * 3
+    prepare = ImagePreparer(processor.image_processor)
+    expected = torch.stack([prepare(to_rgb(picture).image) for picture in pictures])
+    # The published way pads the strip to 12,000 x 12,000 first.
+    real = type(processor.image_processor).pad_to_square
+
+    def small_squares_alone(self, image, background_color):
+        assert max(image.shape) < 10_000
+        return real(self, image, background_color)
+
+    monkeypatch.setattr(type(processor.image_processor), "pad_to_square", small_squares_alone)
+    assert torch.equal(processor(images=pictures, text=text)["pixel_values"], expected)
+    assert torch.equal(torch.stack([*map(processor.prepare_image, pictures)]), expected)
+    assert expected[0].std() > 0.3
+    with pytest.raises(ValueError, match="1x70000 has a side of more than 65535"):
+        processor(images=Image.new("1", (1, 70_000)), text="<image>")
 
 
 def test_save_pretrained_writes_a_model_card_and_the_chat_template(loaded, tmp_path):

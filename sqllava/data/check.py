@@ -13,16 +13,16 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from sqllava.conversation import TEMPLATES, turns_from_record
+from sqllava.conversation import TEMPLATES, check_share, turns_from_record
 from sqllava.data import histogram
-from sqllava.data.images import load_image, resolve_image
+from sqllava.data.images import ImageError, read_image, resolve_image
 from sqllava.data.records import RecordError, check_record, file_kind, image_names, iter_with_text
 from sqllava.data.sources import image_folders
 from sqllava.data.unpack import IMAGE_SUFFIXES
@@ -50,12 +50,14 @@ class Examined:
 
     Attributes:
         tokens: its length, image placeholders included; `supervised` of them are targets.
+        scaled: how its greys of more than 8 bits became 8, an entry for each such image.
     """
 
     fault: Fault | None = None
     images: int = 0
     tokens: int = 0
     supervised: int = 0
+    scaled: tuple[str, ...] = ()
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Report:
             no fault.
         images_were: "not looked for", "found" or "decoded".
         estimated: whether lengths are estimated from characters, for want of a tokenizer.
+        scaled: greys of more than 8 bits by how they became 8, where images were decoded.
         over_length: usable records longer than `max_length`; their last turns will be dropped.
     """
 
@@ -86,6 +89,7 @@ class Report:
     text_only: int = 0
     several_images: int = 0
     images: int = 0
+    scaled: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     supervised: int = 0
     over_length: int = 0
@@ -105,6 +109,7 @@ class Report:
         self.text_only += examined.images == 0
         self.several_images += examined.images > 1
         self.images += examined.images
+        self.scaled.update(examined.scaled)
         self.tokens += examined.tokens
         self.supervised += examined.supervised
         self.over_length += examined.tokens > self.max_length
@@ -133,20 +138,27 @@ class Examiner:
         number, record = item
         try:
             check_record(record, self.file, number)
-            self._check_images(record)
-            return self._measure(number, record)
+            scaled = self._check_images(record)
+            return replace(self._measure(number, record), scaled=scaled)
         except ValueError as error:
             identity = record.get("id") if isinstance(record, dict) else None
             cause = error.__cause__ if isinstance(error, RecordError) else error
             return Examined(Fault(number, f"{identity!r:.80}", _printable(str(cause or error))))
 
-    def _check_images(self, record: dict[str, Any]) -> None:
+    def _check_images(self, record: dict[str, Any]) -> tuple[str, ...]:
+        """Looks for the images; gives how they were scaled, of those that were."""
         if self.images is None:
-            return
-        for name in image_names(record):
-            path = resolve_image(self.images, name)
-            if self.decode:
-                load_image(path)
+            return ()
+        paths = [resolve_image(self.images, name) for name in image_names(record)]
+        return tuple(filter(None, map(self._decode, paths))) if self.decode else ()
+
+    def _decode(self, path: Path) -> str:
+        loaded = read_image(path)
+        try:
+            self.view.prepare_image.check(loaded.image)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from error
+        return loaded.scaled
 
     def _measure(self, number: int, record: dict[str, Any]) -> Examined:
         images = len(image_names(record))
@@ -184,6 +196,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 1 if a record cannot be used, or the layout is not complete."""
     if args.file is None and args.images is None:
         raise ValueError("nothing to check: name a FILE, --images ROOT, or both")
+    _check_flags(args)
     folders = count_folders(args.images) if args.images else {}
     if args.file is None:
         sys.stdout.write(layout_table(folders))
@@ -203,6 +216,21 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         write(report, folders, args.out)
     return int(bool(report.faults or report.stopped))
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    check_share(args.sq_r)
+    if args.model_max_length < 1:
+        raise ValueError(f"--model-max-length must be at least 1, found {args.model_max_length}")
+    if args.images and not args.images.is_dir():
+        raise FileNotFoundError(f"--images {args.images}: no such folder")
+    clean = args.write_clean
+    if clean and args.file and clean.exists() and clean.samefile(args.file):
+        raise ValueError(f"--write-clean {clean}: that is the file to check; name another")
+    if clean and not clean.parent.is_dir():
+        raise FileNotFoundError(f"--write-clean {clean}: there is no folder {clean.parent}")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: a file; name a folder")
 
 
 def check(examiner: Examiner, jobs: int | None = 1, clean: Path | None = None) -> Report:
@@ -299,7 +327,8 @@ class _CleanWriter:
         self._path, self._bad = path, path.with_name(path.stem + ".bad.jsonl")
         self._unfinished = path.with_name(path.name + ".tmp")
         self._unfinished_bad = self._bad.with_name(self._bad.name + ".tmp")
-        self._out, self._list = self._unfinished.open("w"), self._unfinished_bad.open("w")
+        self._out = self._unfinished.open("w", encoding="utf-8")
+        self._list = self._unfinished_bad.open("w", encoding="utf-8")
         self._separator = "[\n"
 
     def add(self, text: str, fault: Fault | None) -> None:
@@ -371,6 +400,7 @@ def table(report: Report) -> str:
         f"  tokens             {about}{report.tokens}",
         f"  of them targets    {about}{report.supervised} ({report.supervised / tokens:.1%})",
     ]
+    lines[6:6] = [f"  greys scaled       {n}: {how}" for how, n in report.scaled.items()]
     if report.lengths:
         points = np.percentile(np.asarray(report.lengths), (50, 95, 100))
         shown = ", ".join(f"{point:.0f}" for point in points)
@@ -405,7 +435,7 @@ def write(report: Report, folders: dict[str, tuple[int, int, bool]], folder: Pat
     }
     (folder / "report.json").write_text(json.dumps(values, indent=1) + "\n")
     title = "tokens of a record" + (" (estimated)" if report.estimated else "")
-    (folder / "lengths.svg").write_text(histogram.draw(counted, title, report.max_length))
+    (folder / "lengths.svg").write_text(histogram.draw(counted, title, report.max_length), "utf-8")
 
 
 def _printable(text: str) -> str:

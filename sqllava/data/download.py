@@ -10,21 +10,28 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from sqllava.data.fetch import Expected, Patience, fetch
+from sqllava.data.fetch import DownloadError, Expected, Patience, fetch
+from sqllava.data.formats import read_text
+from sqllava.data.images import check_size
 from sqllava.data.sources import GROUPS, SAM_SHARDS, SOURCES, Part, Source, choose
-from sqllava.data.unpack import unpack
+from sqllava.data.unpack import DamagedError, UnpackError, unpack
 
 logger = logging.getLogger(__name__)
 
 _COVERS_AT_ONCE = 32
+_LONGEST_KEY = 200  # bytes: file systems take 255, with what is added
+# Of 207,572 links thousands are dead: none may take long, or fill the disk.
+_COVER_TRIES, _COVER_SECONDS = 3, 60.0
+_COVER_BYTES, _COVER_PIXELS = 50_000_000, 25_000_000
 
 
 @dataclass(frozen=True)
@@ -125,12 +132,17 @@ def summary(outcomes: list[Outcome], root: Path) -> str:
 
 
 def _get(source: Source, part: Part, options: Options) -> Outcome:
+    path = options.root / part.path
+    failed = path.with_name(path.name + ".failed")  # why, for those who come later
     try:
         note = _complete(source, part, options)
     except _ByHandError:
         return Outcome(source.name, part.path, "by hand")
     except (OSError, ValueError) as error:
+        with suppress(OSError):
+            failed.write_text(f"{error}\n", "utf-8", "backslashreplace")
         return Outcome(source.name, part.path, "failed", str(error))
+    failed.unlink(missing_ok=True)
     return Outcome(source.name, part.path, "complete", note)
 
 
@@ -143,7 +155,10 @@ def _complete(source: Source, part: Part, options: Options) -> str:
     path = options.root / part.path
     done = path.with_name(path.name + ".unpacked")
     if part.unpack_to and done.exists():
-        return done.read_text().strip()
+        note = done.read_text().strip()
+        if not _lacks_images(part, note.partition(" ")[0]):
+            return note
+        done.unlink()
     url = _sam_link(part, options.root) if source.name == "sam" else part.url
     if url:
         expected = Expected(part.size, part.rough, part.checksum)
@@ -155,11 +170,33 @@ def _complete(source: Source, part: Part, options: Options) -> str:
     folder = options.root / part.unpack_to
     if source.name == "ocr_vqa":
         return fetch_covers(path, folder, options)
-    images = unpack(path, folder, part.keep_folders, options.quiet)
-    done.write_text(f"{images} images\n")
+    images = _unpack(path, folder, part, bool(part.url) or source.name == "sam", options)
+    _write_whole(done, f"{images} images\n")
     if options.delete_archives:
         path.unlink()
     return f"{images} images"
+
+
+def _unpack(path: Path, folder: Path, part: Part, fetchable: bool, options: Options) -> int:
+    """Unpacks an archive, and says how it goes on with one that is not whole."""
+    try:
+        images = unpack(path, folder, part.keep_folders, options.quiet)
+    except DamagedError as error:
+        if not fetchable:
+            raise DamagedError(f"{error}; fetch it again, and save it in its place") from error
+        # Out of the way, so that the next run fetches it anew.
+        path.replace(path.with_name(path.name + ".damaged"))
+        raise DamagedError(
+            f"{error}; kept as {path.name}.damaged, the next run fetches it anew"
+        ) from error
+    if _lacks_images(part, str(images)):
+        raise UnpackError(f"{path}: holds {images} images; expected {part.images}")
+    return images
+
+
+def _lacks_images(part: Part, count: str) -> bool:
+    """Whether an archive gave fewer images than are known to be in it."""
+    return not part.rough_images and not (count.isdecimal() and int(count) >= part.images)
 
 
 def _sam_link(part: Part, root: Path) -> str:
@@ -170,7 +207,7 @@ def _sam_link(part: Part, root: Path) -> str:
         return ""
     if not links.exists():
         raise _ByHandError
-    for line in links.read_text().splitlines():
+    for line in read_text(links).splitlines():
         name, _, url = line.strip().partition("\t")
         if name == shard:
             return url.strip()
@@ -181,53 +218,89 @@ def fetch_covers(dataset: Path, folder: Path, options: Options) -> str:
     """Fetches the covers that OCR-VQA's dataset.json links to, each saved as .jpg whatever its
     kind, as the annotations name them.
 
-    Links that are dead are no failure: some always are. They are counted, and listed with their
-    reasons in dead_links.txt beside the dataset. Returns those counts as a note.
+    Links that are dead, or no links, are no failure: some always are. They are counted, and listed
+    with their reasons in dead_links.txt beside the dataset. Returns those counts as a note.
 
     Raises:
         ValueError: dataset.json is not what it should be, or no link works at all.
+        OSError: a cover cannot be written.
     """
-    covers = list(_covers(dataset, folder))
+    entries = _entries(dataset)
+    patience = replace(
+        options.patience,
+        tries=min(options.patience.tries, _COVER_TRIES),
+        timeout=min(options.patience.timeout, _COVER_SECONDS),
+        longest=_COVER_SECONDS,
+    )
+    expected = Expected(check=_must_be_image, most=_COVER_BYTES)
 
-    def get(cover: tuple[str, Path]) -> str | None:
-        url, path = cover
+    def get(item: tuple[str, Any]) -> str | None:
+        key, entry = item
         try:
-            fetch(url, path, Expected(check=_must_be_image), options.patience, quiet=True)
-        except OSError as error:
-            return f"{path.stem}\t{url}\t{error}"
+            fetch(_link(key, entry), folder / f"{key}.jpg", expected, patience, quiet=True)
+        except (DownloadError, ValueError) as error:
+            url = entry.get("imageURL") if isinstance(entry, dict) else None
+            return _one_line(f"{key:.200}\t{url!s:.500}\t{error}")
         return None
 
+    dead = []
     with ThreadPoolExecutor(_COVERS_AT_ONCE) as pool:
         results = tqdm(
-            pool.map(get, covers), "OCR-VQA", len(covers), delay=2, disable=options.quiet
+            pool.map(get, entries.items()), "OCR-VQA", len(entries), delay=2, disable=options.quiet
         )
-        dead = [result for result in results if result is not None]
-    (dataset.parent / "dead_links.txt").write_text("".join(f"{line}\n" for line in dead))
-    if covers and len(dead) == len(covers):
-        raise ValueError(f"none of {len(covers)} links works; the first: {dead[0]}")
-    return f"{len(covers) - len(dead)} images, {len(dead)} dead links"
+        try:
+            dead = [result for result in results if result is not None]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    _write_whole(dataset.parent / "dead_links.txt", "".join(f"{line}\n" for line in dead))
+    if entries and len(dead) == len(entries):
+        raise ValueError(f"none of {len(dead)} links works; the first: {dead[0]}")
+    return f"{len(entries) - len(dead)} images, {len(dead)} dead links"
 
 
-def _covers(dataset: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+def _entries(dataset: Path) -> dict[str, Any]:
+    """What dataset.json holds, by id."""
     try:
-        entries = json.loads(dataset.read_text())
-    except ValueError as error:
+        entries = json.loads(read_text(dataset))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{dataset}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{dataset}: not valid JSON: nested too deeply") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{dataset}: expected an object of id -> entry, found a list or a value")
-    for key, entry in entries.items():
-        url = entry.get("imageURL") if isinstance(entry, dict) else None
-        if not isinstance(url, str) or not url.startswith(("http://", "https://")):
-            raise ValueError(f"{dataset}: entry {key!r} has no 'imageURL': {entry!r:.80}")
-        if not key.replace("_", "").replace("-", "").isalnum():
-            raise ValueError(f"{dataset}: entry {key!r} cannot be a file's name")
-        yield url, folder / f"{key}.jpg"
+    return entries
+
+
+def _link(key: str, entry: Any) -> str:
+    """The address of an entry's cover; ValueError says what is wrong with the entry."""
+    url = entry.get("imageURL") if isinstance(entry, dict) else None
+    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+        raise ValueError(f"entry {key!r:.80} has no 'imageURL' of http or https: {entry!r:.80}")
+    if not key.replace("_", "").replace("-", "").isalnum() or len(key.encode()) > _LONGEST_KEY:
+        raise ValueError(f"entry {key!r:.80} cannot be a file's name")
+    return url
+
+
+def _one_line(text: str) -> str:
+    """Text for a line of a file: tabs stay, other control characters and half surrogates go."""
+    shown = "".join(c if c.isprintable() or c == "\t" else " " for c in text)
+    return shown.encode("utf-8", "backslashreplace").decode()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file beside its name, and gives it that at the end."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, "utf-8")
+    unfinished.replace(path)
 
 
 def _must_be_image(path: Path) -> None:
     try:
         with Image.open(path) as image:
             small = max(image.size) <= 1
+            check_size(*image.size, _COVER_PIXELS)
+            image.load()  # not all servers say how long a file is
     except Exception as error:
         raise ValueError(f"not an image: {error}") from error
     if small:  # what a shop sends for a cover it no longer has

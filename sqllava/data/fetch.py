@@ -9,13 +9,16 @@ import hashlib
 import http.client
 import logging
 import re
+import string
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote, urlsplit
 
 from tqdm import tqdm
 
@@ -32,6 +35,10 @@ class DownloadError(OSError):
     """A file that could not be fetched; the message holds its address and the reason."""
 
 
+class WriteError(OSError):
+    """A file that could not be written here, whatever its server says; the message names it."""
+
+
 class _CutError(Exception):
     """A transfer that did not end; trying again may help."""
 
@@ -45,12 +52,14 @@ class Expected:
             checksum.
         checksum: "md5:..." or "sha256:...".
         check: a last look at the file, which raises ValueError if it is not what it should be.
+        most: bytes after which a transfer is given up; 0 for no bound.
     """
 
     size: int = 0
     rough: bool = False
     checksum: str = ""
     check: Callable[[Path], None] | None = None
+    most: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,13 @@ class Patience:
         timeout: seconds without a byte after which a transfer counts as cut.
         tries: attempts in a row that bring nothing new.
         pause: seconds before the second of them; doubled for each further one.
+        longest: seconds that a file may take, however steadily it comes; None for no bound.
     """
 
     timeout: float = 60.0
     tries: int = 6
     pause: float = 1.0
+    longest: float | None = None
 
 
 def fetch(
@@ -78,21 +89,21 @@ def fetch(
     """Downloads a file, going on where an earlier attempt (or process) left off.
 
     Raises:
-        DownloadError: the server refuses, gives up, or sends something other than what is
-            expected (that is deleted), or another process is at it.
+        DownloadError: the address is none, the server refuses, gives up, or sends something other
+            than what is expected (that is deleted), or another process is at it.
+        WriteError: the file cannot be written; what has come stays for the next time.
     """
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("ab") as handle:
+    with _open(part) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DownloadError(f"{path}: another process is downloading it") from None
         if path.exists():  # finished by another process meanwhile; its .part is no more
             return
-        transfer = _Transfer(url, handle, part, patience.timeout, quiet)
+        transfer = _Transfer(url, handle, part, patience, expected.most, quiet)
         try:
             _persevere(transfer, patience)
             _verify(part, expected, transfer)
@@ -100,12 +111,42 @@ def fetch(
             part.unlink()
             _validator_file(part).unlink(missing_ok=True)
             raise DownloadError(f"{url}: {error}; deleted") from None
-        except DownloadError:
+        except (DownloadError, WriteError):
             if not transfer.size:
                 part.unlink()
             raise
         part.rename(path)
     _validator_file(part).unlink(missing_ok=True)
+
+
+def _open(part: Path) -> BinaryIO:
+    with _writing(part):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        return part.open("ab")
+
+
+@contextmanager
+def _writing(path: Path | str) -> Iterator[None]:
+    """Tells what goes wrong on this side of a transfer from what goes wrong on the other."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def address(url: str) -> str:
+    """An http(s) address as it is sent: what is not ASCII is encoded, as browsers do.
+
+    Raises:
+        ValueError: it is none; saying why.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("not an http or https address")
+    _ = parts.port  # ValueError where it is no number, or none that there is
+    host = parts.netloc.encode("idna").decode()
+    path, query = (quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
+    return f"{parts.scheme}://{host}{path or '/'}" + (f"?{query}" if query else "")
 
 
 class _WrongFileError(Exception):
@@ -118,17 +159,23 @@ def _persevere(transfer: "_Transfer", patience: Patience) -> None:
         try:
             transfer.run()
             return
+        except (WriteError, DownloadError):
+            raise
+        except (ValueError, OverflowError, http.client.InvalidURL) as error:
+            raise DownloadError(f"{transfer.url}: cannot be fetched: {error}") from None
         except urllib.error.HTTPError as error:
+            reason = f"HTTP {error.code} {' '.join(str(error.reason).split())}"
             if error.code < 500 and error.code not in _WORTH_ANOTHER_TRY:
-                raise DownloadError(f"{transfer.url}: HTTP {error.code} {error.reason}") from None
-            reason = f"HTTP {error.code} {error.reason}"
+                raise DownloadError(f"{transfer.url}: {reason}") from None
         except (_CutError, http.client.HTTPException, OSError) as error:
             reason = str(error) or type(error).__name__
+        transfer.check_bounds()
         tries = 0 if transfer.size > most else tries + 1
         most = max(most, transfer.size)
         if tries >= patience.tries:
             raise DownloadError(f"{transfer.url}: gave up after {tries} tries: {reason}")
-        logger.info("%s: %s; trying again", transfer.url, reason)
+        level = logging.DEBUG if transfer.quiet else logging.INFO
+        logger.log(level, "%s: %s; trying again", transfer.url, reason)
         time.sleep(min(patience.pause * 2 ** max(tries - 1, 0), _LONGEST_PAUSE))
 
 
@@ -140,8 +187,18 @@ class _Transfer:
         published: the SHA-256 that a hub publishes with the file, or "".
     """
 
-    def __init__(self, url: str, handle: BinaryIO, part: Path, timeout: float, quiet: bool) -> None:
-        self.url, self._handle, self._timeout, self._quiet = url, handle, timeout, quiet
+    def __init__(
+        self,
+        url: str,
+        handle: BinaryIO,
+        part: Path,
+        patience: Patience,
+        most: int,
+        quiet: bool,
+    ) -> None:
+        self.url, self._handle, self.quiet = url, handle, quiet
+        self._patience, self._most = patience, most
+        self._start = time.monotonic()
         self._validator = _validator_file(part)
         self.total: int | None = None
         self.published = ""
@@ -156,11 +213,13 @@ class _Transfer:
 
         Raises:
             _CutError, OSError, HTTPException: it did not all come.
+            ValueError, OverflowError: the address is none.
+            DownloadError, WriteError: trying again will not help.
         """
         redirects = _Redirects()
         opener = urllib.request.build_opener(redirects)
         try:
-            response = opener.open(self._request(), timeout=self._timeout)
+            response = opener.open(self._request(), timeout=self._patience.timeout)
         except urllib.error.HTTPError as error:
             if error.code != 416:
                 raise
@@ -173,14 +232,19 @@ class _Transfer:
             self._read(response)
 
     def _request(self) -> urllib.request.Request:
-        request = urllib.request.Request(self.url, headers={"User-Agent": "sqllava"})
+        request = urllib.request.Request(address(self.url), headers={"User-Agent": "sqllava"})
         request.add_header("Accept-Encoding", "identity")
         have = self.size
         # Without a way to tell that the file is still the same one, it is fetched anew.
-        if have and self._validator.exists():
+        if have and self._known():
             request.add_header("Range", f"bytes={have}-")
-            request.add_header("If-Range", self._validator.read_text())
+            request.add_header("If-Range", self._known())
         return request
+
+    def _known(self) -> str:
+        """By what the server told the file that is here; "" if that is not known."""
+        found = self._validator.read_text(errors="replace") if self._validator.exists() else ""
+        return found if found.isascii() and found.isprintable() else ""
 
     def _place(self, response: Any) -> None:
         """Finds where the answer's bytes belong: at the end, or, of a whole file, at the start."""
@@ -190,16 +254,20 @@ class _Transfer:
             if start != self.size:
                 self._restart()
                 raise _CutError(f"asked for byte {self.size}, got {start}")
+            # Some servers do not know If-Range.
+            now = _validator(headers)
+            if now and now != self._known():
+                self._restart()
+                raise _CutError("the file on the server has changed")
             self.total = total
             return
         self._restart()
-        length = headers.get("Content-Length")
-        self.total = int(length) if length else None
-        # If-Range takes strong ETags only.
-        etag = headers.get("ETag", "")
-        validator = etag if etag.startswith('"') else headers.get("Last-Modified")
+        length = headers.get("Content-Length", "")
+        self.total = int(length) if re.fullmatch("[0-9]+", length) else None
+        validator = _validator(headers)
         if validator:
-            self._validator.write_text(validator)
+            with _writing(self._validator):
+                self._validator.write_text(validator)
 
     def _after_416(self, error: urllib.error.HTTPError) -> None:
         """No bytes beyond what is here: either it is whole, or the file is another one by now."""
@@ -216,16 +284,29 @@ class _Transfer:
             unit="B",
             unit_scale=True,
             delay=2,
-            disable=self._quiet,
+            disable=self.quiet,
         )
         with bar:
             # What is there, and not a full chunk: a kill loses nothing that has come.
             while chunk := response.read1(_CHUNK):
-                self._handle.write(chunk)
-                self._handle.flush()
+                self._write(chunk)
                 bar.update(len(chunk))
+                self.check_bounds()
         if self.total is not None and self.size < self.total:
             raise _CutError(f"the connection ended at {self.size} of {self.total} bytes")
+
+    def _write(self, chunk: bytes) -> None:
+        with _writing(self._handle.name):
+            self._handle.write(chunk)
+            self._handle.flush()
+
+    def check_bounds(self) -> None:
+        """Raises DownloadError if the file is too large, or takes too long."""
+        if self._most and self.size > self._most:
+            raise DownloadError(f"{self.url}: more than {self._most} bytes")
+        longest = self._patience.longest
+        if longest is not None and time.monotonic() - self._start > longest:
+            raise DownloadError(f"{self.url}: not done after {longest:.0f} seconds")
 
     def _restart(self) -> None:
         self._handle.truncate(0)
@@ -241,7 +322,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         linked = headers.get("X-Linked-ETag", "").strip('"')
         if re.fullmatch("[0-9a-f]{64}", linked):
             self.checksum = f"sha256:{linked}"
+        address(newurl)  # urllib would go on by FTP
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _validator(headers: Any) -> str:
+    """What tells by If-Range that a file is still the same one, or "": it takes strong ETags."""
+    etag = headers.get("ETag", "")
+    found = etag if etag.startswith('"') else headers.get("Last-Modified", "")
+    return found if found.isascii() and found.isprintable() else ""
 
 
 def _validator_file(part: Path) -> Path:

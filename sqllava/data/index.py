@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from sqllava.data.records import image_names, iter_with_text
+from sqllava.data.records import image_names, iter_with_text, require_file
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = ".sqllava"
-_VERSION = 2
+_VERSION = 3
 _BATCH_RECORDS = 2048
 _BATCH_CHARACTERS = 4 << 20
 _READS_MAPPED = 64
@@ -121,9 +121,7 @@ def open_index(path: Path | str, cache_dir: Path | str | None = None) -> RecordI
         RecordError: the file is malformed or empty. A record that is merely of the wrong shape
             stays in the index: what to do about it is the dataset's policy.
     """
-    source = Path(path).absolute()
-    if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such data file")
+    source = require_file(path).absolute()
     target = index_path(source, cache_dir)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,17 +7,23 @@ A "record" is a LLaVA record, a dict with `conversations` and perhaps `image`; n
 import codecs
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from sqllava.conversation import IMAGE, turns_from_record
+from sqllava.data.formats import LOOK_BYTES, mistaken_for
+from sqllava.data.media import unread_media
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 20
 _PARQUET_ROWS = 256
+# Far more than any record needs, far less than Python's own limit for what follows it down.
+_DEEPEST = 100
+_DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 
 
 class RecordError(ValueError):
@@ -33,7 +39,8 @@ def iter_records(path: Path | str) -> Iterator[Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        RecordError: the file is empty, of no known kind, or malformed at the place named.
+        RecordError: the file is empty, of no known kind, or malformed at the place named: the file,
+            the number of the record, its line.
     """
     for record, _ in iter_with_text(path):
         yield record
@@ -47,10 +54,10 @@ def iter_with_text(
     Args:
         converted: counts what `normalize` did. It is logged at the end in any case.
     """
-    path = Path(path)
+    path = require_file(path)
     count = 0
     converted = Counter() if converted is None else converted
-    for record, text in _iter_source(path):
+    for record, text in _iter_source(path, converted):
         if not _is_plain(record):
             record, changes = normalize(record)
             if changes:
@@ -65,12 +72,48 @@ def iter_with_text(
 
 
 def file_kind(path: Path | str) -> str:
-    """What a source file is, by its content: "Parquet", "JSON array" or "JSON lines"."""
-    with Path(path).open("rb") as handle:
-        if handle.read(4) == b"PAR1":
+    """What a source file is, by its content: "Parquet", "JSON array" or "JSON lines".
+
+    Raises:
+        FileNotFoundError, RecordError: as `iter_records`.
+    """
+    path = require_file(path)
+    with path.open("rb") as handle:
+        if _is_parquet(handle, path):
             return "Parquet"
-        handle.seek(0)
-        return "JSON array" if _Window(handle, 1 << 10).peek() == "[" else "JSON lines"
+        window = _Window(handle, 1 << 10)
+        try:
+            return "JSON array" if window.peek() == "[" else "JSON lines"
+        except ValueError as error:
+            raise RecordError(f"{path}: record 0, {window.place(error)}") from error
+
+
+def require_file(path: Path | str) -> Path:
+    """The path of a data file; raises FileNotFoundError saying why it is none."""
+    try:
+        found = Path(path).is_file()
+    except ValueError:  # a name that no file can have
+        found = False
+    if not found:
+        raise FileNotFoundError(f"{path}: no such data file{what_is_meant(path)}")
+    return Path(path)
+
+
+def what_is_meant(path: Path | str) -> str:
+    """What may be meant by the path of a file that is not there, and what would be right; or ""."""
+    name = str(path)
+    if "\0" not in name and Path(path).is_dir():
+        names = sorted(f.name for f in Path(path).iterdir() if f.suffix in _DATA_SUFFIXES)
+        held = f", which holds {', '.join(names[:5])}" if names else ""
+        return f"; it is a folder{held}: name a JSON, JSON lines or Parquet file"
+    if re.match("[a-z0-9]+:/", name):
+        return "; nothing is fetched from addresses: download it first"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(_DATA_SUFFIXES):
+        return (
+            f"; nothing is fetched from the hub: download it first (hf download {name} "
+            "--repo-type dataset --local-dir DIR), and name the file"
+        )
+    return ""
 
 
 def check_record(record: Any, path: Path | str, number: int) -> None:
@@ -85,7 +128,7 @@ def check_record(record: Any, path: Path | str, number: int) -> None:
     """
     try:
         _check(record)
-    except (ValueError, TypeError) as error:  # TypeError: a speaker that is a list or a dict
+    except ValueError as error:
         raise RecordError(describe(record, path, number, error)) from error
 
 
@@ -99,6 +142,11 @@ def image_names(record: dict[str, Any]) -> list[str]:
     """The names in a record's `image`: none, one, or a list; ValueError if it is anything else."""
     image = record.get("image")
     names = [] if image is None else image if isinstance(image, list) else [image]
+    if any(isinstance(name, dict) and {"bytes", "path"} & set(name) for name in names):
+        raise ValueError(
+            "'image' must be a file name, found the picture itself (an Image column of a hub data "
+            "set): save each picture as a file in the image folder, and name that"
+        )
     if not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"'image' must be a file name or a list of them, found {image!r:.80}")
     return names
@@ -107,7 +155,13 @@ def image_names(record: dict[str, Any]) -> list[str]:
 def _check(record: Any) -> None:
     if not isinstance(record, dict):
         raise ValueError(f"a record must be a JSON object, found {record!r:.80}")
+    if record.get("conversations") is None:
+        keys = ", ".join(map(str, record))
+        raise ValueError(f"'conversations' must be a list of turns; found the keys {keys!r:.200}")
     turns = turns_from_record(record)
+    unread = unread_media(record, record["conversations"])
+    if unread:
+        raise ValueError(unread)
     marks, names = sum(turn.images for turn in turns), image_names(record)
     if marks != len(names):
         raise ValueError(
@@ -176,7 +230,8 @@ def _normalize_turns(turns: list[Any], record: dict[str, Any]) -> tuple[list[Any
 def _from_role(turn: Any) -> Any:
     if not isinstance(turn, dict) or "from" in turn:
         return turn
-    return {"from": turn.get("role"), "value": turn.get("content")}
+    others = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    return {"from": turn.get("role"), "value": turn.get("content"), **others}
 
 
 def _from_parts(turn: Any, names: list[Any]) -> Any:
@@ -203,26 +258,63 @@ def _to_json(record: Any) -> str:
     return json.dumps(record, default=lambda value: f"<{type(value).__name__}>")
 
 
-def _iter_source(path: Path) -> Iterator[tuple[Any, str]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such data file")
+def _iter_source(path: Path, converted: Counter[str]) -> Iterator[tuple[Any, str]]:
     with path.open("rb") as handle:
-        start = handle.read(4)
-        handle.seek(0)
-        yield from _iter_parquet(path) if start == b"PAR1" else _iter_json(handle, path)
+        if _is_parquet(handle, path):
+            yield from _iter_parquet(path, converted)
+        else:
+            yield from _iter_json(handle, path)
 
 
-def _iter_parquet(path: Path) -> Iterator[tuple[Any, str]]:
+def _is_parquet(handle: BinaryIO, path: Path) -> bool:
+    """Whether a file is Parquet, rather than JSON; RecordError names what else it is."""
+    start = handle.read(LOOK_BYTES)
+    handle.seek(0)
+    found = mistaken_for(start)
+    if found:
+        raise RecordError(f"{path}: expected JSON, JSON lines or Parquet; the file is {found}")
+    return start.startswith(b"PAR1")
+
+
+def _iter_parquet(path: Path, converted: Counter[str]) -> Iterator[tuple[Any, str]]:
     # Here, since most users never need it and it is slow to import.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    count = 0
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=_PARQUET_ROWS):
-            for record in batch.to_pylist():
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise RecordError(f"{path}: has two columns of one name: {names}")
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            for record in _rows(batch, converted):
                 yield record, _to_json(record)
+                count += 1
     except (pa.ArrowException, OSError) as error:
-        raise RecordError(f"{path}: not a readable Parquet file: {error}") from error
+        where = f" after record {count - 1}" if count else " (cut short?)"
+        raise RecordError(f"{path}: not a readable Parquet file{where}: {error}") from error
+
+
+def _rows(batch: Any, converted: Counter[str]) -> list[dict[str, Any]]:
+    """The rows of a Parquet batch. A cell that Python cannot hold becomes a text that says so: it
+    may be one that nobody reads, and else the check finds it."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # text that is not UTF-8, a time that is out of range
+        columns = {name: batch.column(name) for name in batch.schema.names}
+        return [
+            {name: _cell(column[row], name, converted) for name, column in columns.items()}
+            for row in range(batch.num_rows)
+        ]
+
+
+def _cell(value: Any, name: str, converted: Counter[str]) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError) as error:
+        converted[f"a cell of {name!r} cannot be read ({value.type})"] += 1
+        return f"<{error} ({value.type})>"
 
 
 def _iter_json(
@@ -234,7 +326,7 @@ def _iter_json(
     while True:
         try:
             item = next(values, None)
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError, too
+        except (ValueError, RecursionError) as error:
             raise RecordError(f"{path}: record {number}, {window.place(error)}") from error
         if item is None:
             return
@@ -246,9 +338,7 @@ def _iter_values(window: "_Window") -> Iterator[tuple[Any, str]]:
     """The elements of an array, or values one after another, as in JSON lines."""
     opening = window.peek()
     if opening not in ("[", "{", ""):
-        raise json.JSONDecodeError(
-            "expected a JSON array, JSON lines or Parquet", window.text, window.at
-        )
+        raise window.fault("expected a JSON array, JSON lines or Parquet")
     if opening != "[":
         while window.peek():
             yield window.value()
@@ -259,11 +349,36 @@ def _iter_values(window: "_Window") -> Iterator[tuple[Any, str]]:
         yield window.value()
         mark = window.peek()
         if mark not in (",", "]"):
-            raise json.JSONDecodeError("expected ',' or ']'", window.text, window.at)
+            raise window.fault("expected ',' or ']'")
         window.at += mark == ","
     window.at += 1
     if window.peek():
-        raise json.JSONDecodeError("text after the closing ']'", window.text, window.at)
+        raise window.fault("text after the closing ']'")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError if it gives a key twice, with two values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise ValueError(f"key {key!r:.40} stands twice in an object, with other values")
+    return found
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a JSON value is nested more than `_DEEPEST` deep."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (list, dict))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 class _Window:
@@ -278,8 +393,9 @@ class _Window:
         self.text, self.at = "", 0
         self._handle, self._chunk = handle, chunk
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = json.JSONDecoder()
+        self._json = json.JSONDecoder(object_pairs_hook=_without_repeats)
         self._ended = False
+        self._not_utf8 = ""  # what stands where the text ends, if it is no UTF-8
         self._characters, self._lines = 0, 1  # what lies before the window
 
     def peek(self) -> str:
@@ -288,6 +404,8 @@ class _Window:
             while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
                 self.at += 1
             if self.at < len(self.text) or self._ended:
+                if self.at == len(self.text) and self._not_utf8:
+                    raise self.fault(self._not_utf8)
                 return self.text[self.at : self.at + 1]
             self._grow()
 
@@ -301,18 +419,28 @@ class _Window:
                 if end + 2 < len(self.text) or self._ended:
                     break
             except json.JSONDecodeError as error:
-                if self._ended or not self._may_be_cut(error):
+                if not self._may_be_cut(error):
                     raise
+                if self._ended:
+                    raise self._at_the_end(error) from error
             self._grow()
         text = self.text[self.at : end]
+        if text.count("[") + text.count("{") > _DEEPEST and _is_deep(value):
+            raise self.fault(f"nested more than {_DEEPEST} deep")
         self.at = end
         return value, text
+
+    def fault(self, reason: str) -> json.JSONDecodeError:
+        """An error at the place where reading stands."""
+        return json.JSONDecodeError(reason, self.text, self.at)
 
     def place(self, error: Exception) -> str:
         """Says where in the file an error lies, and what it is."""
         at = error.pos if isinstance(error, json.JSONDecodeError) else self.at
-        line = self._lines + self.text.count("\n", 0, at)
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        line = self._lines + _line_ends(self.text[:at])
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        if isinstance(error, RecursionError):
+            reason = f"nested more than {_DEEPEST} deep"
         near = self.text[max(at - 20, 0) : at + 20]
         return (
             f"line {line}, character {self._characters + at}: "
@@ -324,11 +452,38 @@ class _Window:
         # 16 is more than the longest literal or escape.
         return error.msg.startswith("Unterminated") or len(self.text.rstrip()) - error.pos < 16
 
+    def _at_the_end(self, error: json.JSONDecodeError) -> json.JSONDecodeError:
+        """The error of a value that the end of the text may have cut."""
+        if self._not_utf8:
+            return json.JSONDecodeError(self._not_utf8, self.text, len(self.text))
+        unfinished = error.msg.startswith("Unterminated") or not self.text[error.pos :].strip()
+        reason = f"{error.msg}; the file ends within a record" if unfinished else error.msg
+        return json.JSONDecodeError(reason, self.text, error.pos)
+
     def _grow(self) -> None:
-        self._lines += self.text.count("\n", 0, self.at)
-        self._characters += self.at
-        kept = self.text[self.at :]
+        # "\r\n" is one end of a line: it is not cut in two.
+        cut = self.at - (self.text[self.at - 1 : self.at] == "\r")
+        self._lines += _line_ends(self.text[:cut])
+        self._characters += cut
+        kept, self.at = self.text[cut:], self.at - cut
         # At least doubling what is kept, so that one huge record takes linear time.
         data = self._handle.read(max(self._chunk, len(kept)))
         self._ended = not data
-        self.text, self.at = kept + self._decoder.decode(data, final=self._ended), 0
+        try:
+            self.text = kept + self._decoder.decode(data, final=self._ended)
+        except UnicodeDecodeError as error:
+            # What stands before is read first, so that the fault is found in its record.
+            self._ended, self._not_utf8 = True, _not_utf8(error)
+            self.text = kept + error.object[: error.start].decode()
+
+
+def _line_ends(text: str) -> int:
+    """Line ends of any system: "\\n", "\\r\\n", "\\r"."""
+    return text.count("\n") + text.count("\r") - text.count("\r\n")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    found = error.object[error.start : error.start + 1].hex()
+    if error.reason == "unexpected end of data":
+        return "the file ends within a character"
+    return f"byte 0x{found} is not UTF-8 (Latin-1?); save the file as UTF-8"

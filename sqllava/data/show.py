@@ -7,6 +7,7 @@ import argparse
 import base64
 import html
 import io
+import logging
 import random
 import re
 import sys
@@ -20,16 +21,19 @@ from PIL import Image
 
 from sqllava.conversation import (
     TEMPLATES,
+    check_share,
     choose_self_questions,
     get_template,
     render,
     turns_from_record,
 )
-from sqllava.data.images import load_image, resolve_image
+from sqllava.data.images import read_image, resolve_image
 from sqllava.data.index import open_index
 from sqllava.data.records import check_record, image_names
 from sqllava.data.view import View, open_view
 from sqllava.encoding import IGNORE_INDEX, encode_record, image_token_id
+
+logger = logging.getLogger(__name__)
 
 _GREEN, _GREY, _PLAIN = "\033[1;32m", "\033[90m", "\033[0m"
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
@@ -97,6 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; returns 1 if a record shown cannot be used."""
+    if args.count < 1:
+        raise ValueError(f"--count must be at least 1, found {args.count}")
+    check_share(args.sq_r)
     settings = Settings(
         open_view(args.model, args.image_aspect_ratio),
         args.template,
@@ -109,9 +116,11 @@ def run(args: argparse.Namespace) -> int:
     stop = min(args.index + args.count, len(index))
     if args.index not in range(len(index)):
         raise ValueError(f"{args.file}: no record {args.index}; it has {len(index)}, from 0")
+    if stop < args.index + args.count:
+        logger.info("%s: ends with record %d; fewer than asked for", args.file, stop - 1)
     records = [look(index[number], number, settings) for number in range(args.index, stop)]
     if args.html:
-        args.html.write_text(page(args.file.name, records))
+        args.html.write_text(page(args.file.name, records), "utf-8", "backslashreplace")
         sys.stdout.write(f"{args.html}: {len(records)} records\n")
     else:
         color = sys.stdout.isatty()
@@ -257,9 +266,10 @@ def _text(tokens: Sequence[Token]) -> str:
 def _picture(name: str, settings: Settings) -> tuple[str, str, Image.Image | None]:
     if settings.images is None:
         return name, "not looked for (give --images)", None
-    image = load_image(resolve_image(settings.images, name))
+    image, scaled = read_image(resolve_image(settings.images, name))
     seen = settings.view.prepare_image.view(image)
     size = f"{image.width}x{image.height}, seen as {seen.width}x{seen.height}"
+    size += f", greys scaled: {scaled}" if scaled else ""
     return name, size, seen
 
 

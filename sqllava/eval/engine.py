@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from sqllava.checkpoint.load import load
 from sqllava.conversation import IMAGE, Turn, form, get_template
+from sqllava.data.images import ImagePreparer
 from sqllava.encoding import encode_prompt
 from sqllava.eval.plan import Costs
 from sqllava.generation.decoding import Decoding
@@ -79,12 +80,10 @@ class OurPrompter:
         numbers = {key: number for number, key in enumerate(pictures)}
         pixels = None
         if pictures:
-            prepared = self.processor.image_processor(
-                list(pictures.values()),
-                do_pad=self.image_preparation == "pad",
-                return_tensors="pt",
+            prepare = ImagePreparer(
+                self.processor.image_processor, pad=self.image_preparation == "pad"
             )
-            pixels = prepared["pixel_values"]  # [P, 3, H, W]
+            pixels = torch.stack([prepare(one) for one in pictures.values()])  # [P, 3, H, W]
         return Prompts(ids, pixels, [numbers.get(id(image)) for image in images])
 
     def ids(self, text: str, with_image: bool) -> list[int]:

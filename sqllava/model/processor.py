@@ -10,6 +10,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from sqllava.conversation import IMAGE, Turn, get_template
+from sqllava.data.images import ImagePreparer, to_rgb
 from sqllava.encoding import add_image_token, encode_prompt, encode_text
 from sqllava.model.chat import chat_template as make_chat_template
 from sqllava.model.config import SQLlavaConfig
@@ -63,7 +64,7 @@ class SQLlavaProcessor(LlavaProcessor):
 
     def prepare_image(self, image: Image.Image) -> torch.Tensor:
         """One picture -> pixel values [3, H, W], padded to a square or cropped as configured."""
-        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        return ImagePreparer(self.image_processor)(to_rgb(image).image)
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
         """Ids of a prompt whose last turn is open, in the model's own template."""
@@ -91,15 +92,15 @@ class SQLlavaProcessor(LlavaProcessor):
             input_ids and attention_mask [B, S] (left-padded), pixel_values [I, 3, H, W].
 
         Raises:
-            ValueError: the number of images is not that of the marks, or truncation is wanted,
-                which could cut through an image.
+            ValueError: the number of images is not that of the marks, truncation is wanted,
+                which could cut through an image, or a picture is too large.
         """
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         data: dict[str, Any] = {}
         pictures: list[Any] = []
         if images is not None:
             fetched = self.image_processor.fetch_images(images)
-            pictures = list(cast(Any, make_flat_list_of_images(fetched)))
+            pictures = [self._bounded(one) for one in cast(Any, make_flat_list_of_images(fetched))]
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
             data |= self._encode(prompts, len(pictures), merged)
@@ -109,6 +110,16 @@ class SQLlavaProcessor(LlavaProcessor):
         return BatchFeature(
             data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion
         )
+
+    def _bounded(self, picture: Any) -> Any:
+        """A picture that the image processor may take: RGB by our rules (`to_rgb`), and small
+        enough for its steps, by way of what they would give."""
+        if not isinstance(picture, Image.Image):
+            return picture
+        preparer = ImagePreparer(self.image_processor)
+        rgb = to_rgb(picture).image
+        preparer.check(rgb)
+        return preparer.view(rgb) if preparer.is_large(rgb) else rgb
 
     def _encode(
         self, prompts: list[str], pictures: int, merged: dict[str, Any]

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from sqllava.checkpoint.published import SELECT_FEATURES
 from sqllava.conversation import TEMPLATES
+from sqllava.data.records import what_is_meant
 from sqllava.model.adapters import Lora, Training
 from sqllava.model.processor import ASPECT_RATIOS
 from sqllava.model.projector import build_projector
@@ -174,7 +175,8 @@ def _data_faults(arguments: Arguments) -> list[str]:
         faults.append(f"--sq_r has no effect with --version {model.version}; use v1_sq")
     for flag, path in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path)):
         if path and not Path(path).is_file():
-            faults.append(f"--{flag} {path}: no such file (see download_data.sh and docs/data.md)")
+            reason = f"no such file{what_is_meant(path)}"
+            faults.append(f"--{flag} {path}: {reason} (see download_data.sh and docs/data.md)")
     if data.image_folder and not Path(data.image_folder).is_dir():
         faults.append(f"--image_folder {data.image_folder}: no such folder")
     return faults
