@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,14 @@ from sqllava.model.adapters import (
 )
 from sqllava.train import run
 from sqllava.train.audit import GradientAudit, GradientAuditError
+from sqllava.train.flops import Costs
 from sqllava.train.rows import RowSampler
-from sqllava.train.trainer import COMPLETE, TooManyBadSamplesError, last_complete_checkpoint
+from sqllava.train.trainer import (
+    COMPLETE,
+    SQLlavaTrainer,
+    TooManyBadSamplesError,
+    last_complete_checkpoint,
+)
 
 LORA = Lora(4, 8)
 
@@ -278,6 +285,18 @@ def test_log_counts_tokens_padding_and_supervised_shares(mixed, tmp_path):
     entry = history(tmp_path)[0]
     assert entry["tokens_per_second"] > 0
     assert 0 <= entry["padding_share"] < 1 and 0 < entry["supervised_share"] < 1
+    assert entry["model_tflops"] > 0
+    assert "mfu" not in entry  # of a CPU no peak is known
+
+
+def test_a_known_card_has_its_share_of_the_peak_in_the_log(monkeypatch):
+    trainer = object.__new__(SQLlavaTrainer)
+    trainer.costs = Costs(token=2e12, pair=0.0, image=1e12, target=0.0)
+    trainer.args = SimpleNamespace(device=torch.device("cuda"), world_size=2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    total = {"computed": 110.0, "padding": 10.0, "pairs": 9.0, "images": 112.0, "supervised": 5.0}
+    logs = trainer._speed(total, seconds=2.0)
+    assert logs == {"model_tflops": 156.0, "mfu": 0.25}
 
 
 def test_vicunas_generation_config_does_not_break_the_save(captions, tmp_path):

@@ -50,6 +50,7 @@ class Collator:
             "tokens": tokens,
             "computed": batch["input_ids"].numel(),
             "padding": batch["input_ids"].numel() - tokens,
+            "pairs": int((lengths * (lengths + 1) // 2).sum()),
             "supervised": int((batch["labels"] != IGNORE_INDEX).sum()),
             "images": sum(map(len, images)),
             "images_of_records": sum(map(len, images)),

@@ -41,6 +41,14 @@ def positions(row: Row) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def seen_pairs(row: Row) -> int:
+    """How many pairs of tokens there are of which one sees the other."""
+    return sum(
+        len(piece) * (len(piece) + 1) // 2 + (len(piece) * len(trunk) if piece != trunk else 0)
+        for piece, trunk in pieces(row)
+    )
+
+
 def predictors(row: Row) -> torch.Tensor:
     """The place whose state predicts each token, LongTensor [T]; -1 where a record begins."""
     places = torch.arange(-1, sum(map(sum, row)) - 1)

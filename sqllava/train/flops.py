@@ -94,6 +94,8 @@ def costs_of(config: SQLlavaConfig, training: Training) -> Costs:
     Args:
         config: of the whole model; its weights are not needed.
     """
+    # A copy of plain values: attention is PyTorch's own, which it can count.
+    config = SQLlavaConfig.from_dict(config.to_dict())
     with torch.device("meta"):
         model: Any = prepare_training(SQLlavaForConditionalGeneration(config), training)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

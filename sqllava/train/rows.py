@@ -21,7 +21,7 @@ from sqllava.data.dataset import InstructionDataset, Sample, SampleKey
 from sqllava.data.sampler import image_steps
 from sqllava.encoding import IGNORE_INDEX
 from sqllava.model.adapters import part_of
-from sqllava.model.attention import BY_PIECES, Row
+from sqllava.model.attention import BY_PIECES, Row, seen_pairs
 from sqllava.train.flags import Pack
 
 logger = logging.getLogger(__name__)
@@ -236,6 +236,7 @@ class RowCollator:
             "tokens": sum(len(sample.input_ids) for sample in samples),
             "computed": input_ids.numel() if trees else 0,
             "padding": 0,
+            "pairs": seen_pairs(row) if trees else 0,
             "supervised": int((targets != IGNORE_INDEX).sum()),
             "images": sum(map(len, images)),
             "images_of_records": sum(map(len, pixels)),

@@ -49,6 +49,7 @@ from sqllava.train.arguments import (
 )
 from sqllava.train.audit import GradientAudit
 from sqllava.train.divergence import DivergenceError, FiniteSteps
+from sqllava.train.flops import costs_of
 from sqllava.train.optim import learning_rates
 from sqllava.train.rows import (
     Attentions,
@@ -374,6 +375,7 @@ def build_trainer(
         finite=FiniteSteps(arguments.data.data_path, gradients=not arguments.train.fp16),
         max_bad_samples=arguments.data.max_bad_samples,
         sizes=sizes,
+        costs=costs_of(trained.config, arguments.training) if is_first_rank() else None,
     )
 
 

@@ -30,6 +30,7 @@ from sqllava.model.adapters import adapter_state, save_adapter
 from sqllava.train.arguments import TrainArguments
 from sqllava.train.audit import GradientAudit
 from sqllava.train.divergence import DivergenceError, FiniteSteps, check_weights
+from sqllava.train.flops import Costs, Work, peak_flops
 from sqllava.train.optim import build_param_groups
 from sqllava.train.rows import RowSampler, Sizes
 
@@ -38,11 +39,13 @@ logger = logging.getLogger(__name__)
 # Written into a checkpoint when everything else in it is on disk; without it, it does not count.
 COMPLETE = "complete"
 # By the collators. Tokens are those of the records; computed are those that the model runs, padding
-# included, and images those that the tower runs, each once where records share it.
+# included, pairs those of which one sees the other, and images those that the tower runs, each once
+# where records share it.
 _COUNTED = (
     "tokens",
     "computed",
     "padding",
+    "pairs",
     "supervised",
     "images",
     "images_of_records",
@@ -63,6 +66,7 @@ class SQLlavaTrainer(Trainer):
         max_bad_samples: skipped or replaced samples, over all ranks, at which the run stops.
         sizes: of the training records, to deal them out as rows, which the collator must make;
             None for rectangles.
+        costs: what a step computes, for the log of the first rank.
     """
 
     args: TrainArguments
@@ -75,12 +79,14 @@ class SQLlavaTrainer(Trainer):
         finite: FiniteSteps,
         max_bad_samples: int,
         sizes: Sizes | None = None,
+        costs: Costs | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(callbacks=[audit], **kwargs)
         self.audit = audit
         self.finite = finite
         self.sizes = sizes
+        self.costs = costs
         self._order: GroupedSampler | RowSampler | None = None
         self.add_callback(_EpochOrder(self))
         self.max_bad_samples = max_bad_samples
@@ -205,9 +211,9 @@ class SQLlavaTrainer(Trainer):
         self.bad_samples += int(total["skipped"])
         if total["skipped"]:
             self._name_bad_records()
-        tokens = max(total["tokens"], 1.0)
+        tokens, seconds = max(total["tokens"], 1.0), self._seconds_since_log()
         logs = {
-            "tokens_per_second": round(total["tokens"] / self._seconds_since_log(), 1),
+            "tokens_per_second": round(total["tokens"] / seconds, 1),
             "padding_share": round(total["padding"] / (tokens + total["padding"]), 4),
             "supervised_share": round(total["supervised"] / tokens, 4),
             "computed_share": round(total["computed"] / tokens, 4),
@@ -215,8 +221,23 @@ class SQLlavaTrainer(Trainer):
         }
         if total["images_of_records"]:
             logs["images_share"] = round(total["images"] / total["images_of_records"], 4)
+        logs |= self._speed(total, seconds)
         optional = {"dropped_turns": total["dropped_turns"], "bad_samples": self.bad_samples}
         return logs | {name: value for name, value in optional.items() if value}
+
+    def _speed(self, total: dict[str, float], seconds: float) -> dict[str, float]:
+        """The model's TFLOP a second, over all ranks; on a known card, their share of its peak."""
+        if self.costs is None:
+            return {}
+        tokens = total["computed"] - total["padding"]
+        work = Work(tokens, total["pairs"], total["images"], total["supervised"])
+        speed = self.costs.of(work) / seconds
+        logs = {"model_tflops": float(f"{speed / 1e12:.4g}")}
+        device = self.args.device
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        if peak:
+            logs["mfu"] = round(speed / (peak * self.args.world_size), 4)
+        return logs
 
     def _name_bad_records(self) -> None:
         """Logs each record that could not be used once, whichever ranks and epochs met it."""
