@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from training import REPO, environment, flags, write_data
 from transformers import TrainingArguments
@@ -125,6 +125,8 @@ KEYS = st.sampled_from(["optimizer", "scheduler", "zero_optimization", "fp16", "
 
 
 @settings(max_examples=150, deadline=None)
+@example({"zero_optimization": False})
+@example({"zero_optimization": {"stage": True}})
 @given(st.dictionaries(KEYS, st.dictionaries(KEYS, JSON, max_size=3) | JSON, max_size=4))
 def test_any_json_is_read_or_refused_in_words(given):
     train = TrainingArguments(output_dir="nowhere", use_cpu=True)

@@ -77,10 +77,11 @@ def read_zero(given: str | dict[str, Any], train: TrainingArguments) -> ZeroConf
         name, given = (name, _json(name, given)) if given.startswith("{") else (given, _read(given))
     zero = ZeroConfig(json.loads(json.dumps(_FROM_FLAGS | given)))
     partition = zero.values.setdefault("zero_optimization", {})
-    stage = partition.get("stage", 0) if isinstance(partition, dict) else partition
-    if stage not in range(4) or not isinstance(stage, int):
+    stage = partition.get("stage", 0) if isinstance(partition, dict) else None
+    if type(stage) is not int or not 0 <= stage <= 3:
         raise ValueError(
-            f"{name}: zero_optimization has to be an object with a stage of 0 to 3, found {stage!r}"
+            f"{name}: zero_optimization has to be an object with a stage of 0 to 3, "
+            f"found {json.dumps(partition)}"
         )
     strange = [section for section in _STRANGE if section in zero.values]
     zero.faults += [f"{name}: its section {section!r} is not supported" for section in strange]
