@@ -188,6 +188,9 @@ def test_images_come_from_a_data_file_too(tmp_path, pictures):
     assert list_images(source)[0] == tmp_path
     with pytest.raises(ValueError, match="holds no images"):
         list_images(tmp_path)
+    source.write_text(json.dumps([{"id": "a"}, {"id": "b", "image": 7}]))
+    with pytest.raises(ValueError, match=rf"{source.name}: record 1 \(id 'b'\): 'image' must be"):
+        list_images(source)
 
 
 # --- filters --------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from sqllava.ask.questioner import SelfQuestioner, describing, seeded
 from sqllava.checkpoint.load import load
 from sqllava.conversation import DESCRIBE_QUESTION, IMAGE, Turn, question_key
 from sqllava.data.images import ImageError, load_image, resolve_image
-from sqllava.data.records import image_names, iter_records
+from sqllava.data.records import RecordError, describe, image_names, iter_records
 from sqllava.generation.decoding import Decoding
 from sqllava.generation.writer import EncodedImage, Written
 
@@ -162,6 +162,14 @@ def make_self_qa(
 # --- images ---------------------------------------------------------------------------------------
 
 
+def _names_in(dataset: Path) -> Iterator[str]:
+    for number, record in enumerate(iter_records(dataset)):
+        try:
+            yield from image_names(record) if isinstance(record, dict) else []
+        except ValueError as error:
+            raise RecordError(describe(record, dataset, number, error)) from error
+
+
 def list_images(dataset: Path, image_folder: Path | None = None) -> tuple[Path, list[str]]:
     """The folder of a dataset's images, and their names in it: each once, in a fixed order."""
     if dataset.is_dir():
@@ -169,8 +177,7 @@ def list_images(dataset: Path, image_folder: Path | None = None) -> tuple[Path, 
         folder, names = dataset, sorted(path.relative_to(dataset).as_posix() for path in found)
     else:
         folder = image_folder or dataset.parent
-        records = (record for record in iter_records(dataset) if isinstance(record, dict))
-        names = list(dict.fromkeys(name for record in records for name in image_names(record)))
+        names = list(dict.fromkeys(_names_in(dataset)))
     if not names:
         kinds = ", ".join(sorted(SUFFIXES))
         raise ValueError(

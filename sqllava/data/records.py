@@ -293,7 +293,8 @@ def _iter_parquet(path: Path, converted: Counter[str]) -> Iterator[tuple[Any, st
                 count += 1
     except (pa.ArrowException, OSError) as error:
         where = f" after record {count - 1}" if count else " (cut short?)"
-        raise RecordError(f"{path}: not a readable Parquet file{where}: {error}") from error
+        reason = "".join(c if c.isprintable() else " " for c in str(error))
+        raise RecordError(f"{path}: not a readable Parquet file{where}: {reason}") from error
 
 
 def _rows(batch: Any, converted: Counter[str]) -> list[dict[str, Any]]:
