@@ -68,23 +68,6 @@ logger = logging.getLogger(__name__)
 
 Target = Literal["ours", "published", "merged"]
 RECORD_FILE = "sqllava_convert.json"
-# Lets servers load a model directory with trust_remote_code, where nothing imports the package.
-REMOTE_CODE = "modeling_sqllava.py"
-_REMOTE_CODE_TEXT = '''"""The model's classes for trust_remote_code; needs `pip install sqllava`."""
-
-from sqllava import (  # noqa: F401
-    SQLlavaConfig,
-    SQLlavaForConditionalGeneration,
-    SQLlavaModel,
-    SQLlavaProcessor,
-)
-'''
-_AUTO_MAP = {
-    "AutoConfig": "SQLlavaConfig",
-    "AutoModel": "SQLlavaModel",
-    "AutoModelForImageTextToText": "SQLlavaForConditionalGeneration",
-    "AutoProcessor": "SQLlavaProcessor",
-}
 SMALL_BYTES = 64 * 10**6
 CHECK_PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 
@@ -327,9 +310,6 @@ def _write_merged(source: Path, layout: Layout, folder: Path, options: Options) 
     config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
     config.training_facts = config.training_facts or training_facts(source)
     config.figures = read_json(Path(options.figures)) if options.figures else config.figures
-    module = REMOTE_CODE.removesuffix(".py")
-    config.auto_map = {auto: f"{module}.{name}" for auto, name in _AUTO_MAP.items()}
-    (folder / REMOTE_CODE).write_text(_REMOTE_CODE_TEXT)
     config.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(config))
     whole.generation.save_pretrained(folder)

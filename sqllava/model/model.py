@@ -32,10 +32,11 @@ from sqllava.model.card import model_card
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.loss import head_loss, with_loss
 from sqllava.model.projector import PrototypeExtractor, build_projector
+from sqllava.model.remote import Portable
 from sqllava.model.tower import tower_end
 
 
-class SQLlavaPreTrainedModel(LlavaPreTrainedModel):
+class SQLlavaPreTrainedModel(Portable, LlavaPreTrainedModel):
     """What the two classes below share with transformers."""
 
     config_class = SQLlavaConfig
