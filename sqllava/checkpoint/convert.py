@@ -35,6 +35,7 @@ from sqllava.checkpoint.parts import (
     files_of,
     is_ours,
     language_model_names,
+    load_processor,
     projector_names,
     tower_names,
     vision_config_of,
@@ -176,7 +177,7 @@ def _open(source: Path, options: Options) -> tuple[Parts, SQLlavaConfig, SQLlava
     config, processor = describe(parts)
     adapter = open_adapter(source, config, parts.vision_tower, options.vit_lora)
     if layout_of(source) == "adapter":
-        processor = SQLlavaProcessor.from_pretrained(source)
+        processor = load_processor(source)
     return parts, config, processor, adapter
 
 
@@ -269,7 +270,7 @@ def _open_whole(source: Path, layout: Layout, options: Options) -> _Whole:
         names = {name: name for name in files_of(str(source))}
         return _Whole(
             config,
-            SQLlavaProcessor.from_pretrained(source),
+            load_processor(source),
             [_Stream(str(source), names)],
             None,
             _generation(str(source), config),
@@ -368,7 +369,7 @@ def merging_difference(source: Path, merged: Path, options: Options) -> float:
     Raises:
         ValueError: it is larger than rounding explains, for a model merged in float32.
     """
-    processor = SQLlavaProcessor.from_pretrained(merged)
+    processor = load_processor(merged)
     image = Image.open(options.image).convert("RGB") if options.image else _drawn_image()
     inputs = processor(images=image, text=CHECK_PROMPT)
     parts, _, _, adapter = _open(source, options)

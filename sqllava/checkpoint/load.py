@@ -27,6 +27,7 @@ from sqllava.checkpoint.parts import (
     is_ours,
     language_config_of,
     load_language_model,
+    load_processor,
     load_tokenizer,
     load_tower,
     projector_of,
@@ -358,7 +359,7 @@ def load(
                 f"{folder} is a whole model: base, vision_tower, vit_lora do not apply"
             )
         model = _load_model(folder, dtype, bits, device_map, attn_implementation)
-        processor = SQLlavaProcessor.from_pretrained(folder)
+        processor = load_processor(folder)
         placed = device_map is not None or bits != 16
         return (model if placed else cast(Any, model).to(device)).eval(), processor
     if bits != 16 or device_map is not None:
@@ -378,7 +379,7 @@ def load(
     else:
         apply_adapter(model, open_adapter(folder, model.config, parts.vision_tower, vit_lora))
     if layout == "adapter":
-        processor = SQLlavaProcessor.from_pretrained(folder)
+        processor = load_processor(folder)
     return cast(Any, model).to(device).eval(), processor
 
 

@@ -30,9 +30,10 @@ from sqllava.checkpoint.published import (
 )
 from sqllava.checkpoint.weights import has_weights, open_tensors, weight_names
 from sqllava.encoding import add_image_token
-from sqllava.errors import raise_faults
+from sqllava.errors import raise_faults, refused_code
 from sqllava.model.adapters import part_of
 from sqllava.model.config import SQLlavaConfig, cut_vision_config
+from sqllava.model.processor import SQLlavaProcessor
 from sqllava.model.projector import whole_options
 from sqllava.model.tower import tower_end
 
@@ -63,12 +64,17 @@ def language_config_of(path: str) -> PretrainedConfig:
         return LlamaConfig.from_dict(llama_config(config))
     if is_ours(path):
         return SQLlavaConfig.from_dict(config).text_config
-    return AutoConfig.from_pretrained(path)
+    return _auto_config(path)
+
+
+def _auto_config(path: str) -> PretrainedConfig:
+    with refused_code(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def vision_config_of(path: str) -> PretrainedConfig:
     """The vision half of a folder's configuration, with all layers that the folder has."""
-    config = AutoConfig.from_pretrained(_tower_folder(path))
+    config = _auto_config(_tower_folder(path))
     return getattr(config, "vision_config", config)
 
 
@@ -275,9 +281,11 @@ def image_settings(vision_tower: str) -> dict[str, Any]:
 
 def load_tokenizer(language_model: str) -> PreTrainedTokenizerBase:
     """A language model's tokenizer, with an `<image>` token."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        language_model, config=language_config_of(language_model)
-    )
+    config = language_config_of(language_model)
+    with refused_code(language_model):
+        tokenizer = AutoTokenizer.from_pretrained(
+            language_model, config=config, trust_remote_code=False
+        )
     add_image_token(tokenizer)
     return tokenizer
 
@@ -287,6 +295,12 @@ def projector_of(config: Mapping[str, Any]) -> tuple[str, dict[str, int]]:
     settings = settings_of(config) if is_published(config) else config
     kind = settings["projector_type"]
     return kind, whole_options(kind, settings["projector_options"])
+
+
+def load_processor(folder: Path) -> SQLlavaProcessor:
+    """The processor that is saved with a model of ours."""
+    with refused_code(folder):
+        return SQLlavaProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_projector(path: str) -> dict[str, torch.Tensor]:
@@ -309,7 +323,10 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> tuple[Any, set[str]
     reporter = logging.getLogger("transformers.modeling_utils")
     reporter.addFilter(_no_load_report)
     try:
-        model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+        with refused_code(path):
+            model, info = kind.from_pretrained(
+                path, output_loading_info=True, trust_remote_code=False, **options
+            )
     finally:
         reporter.removeFilter(_no_load_report)
     return model, set(info["missing_keys"]), set(info["unexpected_keys"])

@@ -20,6 +20,7 @@ from sqllava.checkpoint.load import load
 from sqllava.conversation import IMAGE, Turn, form, get_template
 from sqllava.data.images import ImagePreparer
 from sqllava.encoding import encode_prompt
+from sqllava.errors import refused_code
 from sqllava.eval.plan import Costs
 from sqllava.generation.decoding import Decoding
 from sqllava.generation.writer import Writer
@@ -320,9 +321,13 @@ def _open_hub_model(path: str, dtype: str, device: str | None) -> tuple[Any, Any
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"  # half precision is slow, or missing, on most CPUs
-    AutoConfig.from_pretrained(path)  # says what is wrong with a path or id
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    processor = AutoProcessor.from_pretrained(path)
+    with refused_code(path):
+        # Says what is wrong with a path or id.
+        AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False
+        )
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return cast(Any, model).to(place).eval(), processor

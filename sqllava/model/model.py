@@ -66,9 +66,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
     ) -> None:
         LlavaPreTrainedModel.__init__(self, config)
         if vision_tower is None:
-            vision_tower = AutoModel.from_config(config.vision_config)
+            vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         if language_model is None:
-            language_model = AutoModel.from_config(config.text_config)
+            language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         end = tower_end(config.vision_config)
         if end.last_norm is not None:
             # What is read is the last layer's own output.
