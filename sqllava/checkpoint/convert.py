@@ -19,10 +19,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from sqllava.checkpoint import SHARD_BYTES
+from sqllava.checkpoint import SHARD_BYTES, dtype_name
+from sqllava.checkpoint.hub import local_folder
 from sqllava.checkpoint.load import (
     Layout,
     Parts,
+    adapter_processor,
     assemble,
     describe,
     layout_of,
@@ -102,7 +104,8 @@ def convert(
         FileExistsError: something else is at the target.
         ValueError, FileNotFoundError: as `sqllava.load`.
     """
-    source, target = Path(source), Path(target)
+    source, target = local_folder(source), Path(target)
+    dtype_name(options.dtype)
     layout = layout_of(source)
     record = {
         "source": str(source),
@@ -177,7 +180,7 @@ def _open(source: Path, options: Options) -> tuple[Parts, SQLlavaConfig, SQLlava
     config, processor = describe(parts)
     adapter = open_adapter(source, config, parts.vision_tower, options.vit_lora)
     if layout_of(source) == "adapter":
-        processor = load_processor(source)
+        processor = adapter_processor(source, processor)
     return parts, config, processor, adapter
 
 
@@ -319,8 +322,8 @@ def _write_merged(source: Path, layout: Layout, folder: Path, options: Options) 
 
 
 def _dtype(whole: _Whole, options: Options) -> torch.dtype:
-    if options.dtype != "auto":
-        return getattr(torch, options.dtype)
+    if dtype_name(options.dtype) != "auto":
+        return getattr(torch, dtype_name(options.dtype))
     language = whole.streams[0]
     name = next(name for name, ours in language.names.items() if part_of(ours) == "language model")
     with open_tensors(files_of(language.path)[name]) as tensors:

@@ -25,6 +25,7 @@ from sqllava.checkpoint.published import (
     is_published,
     llama_config,
     our_name,
+    read_json,
     resolve,
     settings_of,
 )
@@ -50,6 +51,7 @@ _BESIDE_TOWER_OF_A_MODEL = re.compile(
 _BESIDE_LANGUAGE_MODEL = re.compile(r"model\.(vision_tower|mm_projector|multi_modal_projector)\.")
 _LAYER = re.compile(r"(^|\.)(layers?)\.(\d+)\.")
 _FREQUENCIES = ".rotary_emb.inv_freq"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def config_dict(path: str) -> dict[str, Any]:
@@ -298,7 +300,22 @@ def projector_of(config: Mapping[str, Any]) -> tuple[str, dict[str, int]]:
 
 
 def load_processor(folder: Path) -> SQLlavaProcessor:
-    """The processor that is saved with a model of ours."""
+    """The processor that is saved with a model of ours.
+
+    Raises:
+        FileNotFoundError: files of it are missing; the message names them.
+        ValueError: one of them is damaged, or wants to run code of its own.
+    """
+    if not (folder / "processor_config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no processor_config.json: its processor is not there")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        names = " or ".join(_TOKENIZER_FILES)
+        raise FileNotFoundError(f"{folder}: no {names}: its tokenizer is not there")
+    for name in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
+    if "image_processor" not in read_json(folder / "processor_config.json"):
+        raise ValueError(f"{folder / 'processor_config.json'}: no image_processor in it")
     with refused_code(folder):
         return SQLlavaProcessor.from_pretrained(folder, trust_remote_code=False)
 
@@ -320,6 +337,7 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> tuple[Any, set[str]
         The model, the names of its weights that the files lack, and those in the files that it
         lacks. transformers' own report of these is silenced: here they are judged.
     """
+    files_of(path)  # says which file is damaged or missing, if one is
     reporter = logging.getLogger("transformers.modeling_utils")
     reporter.addFilter(_no_load_report)
     try:

@@ -16,7 +16,10 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from sqllava.checkpoint import dtype_name
 from sqllava.checkpoint.load import load
+from sqllava.checkpoint.parts import config_dict
+from sqllava.checkpoint.place import choose_device
 from sqllava.conversation import IMAGE, Turn, form, get_template
 from sqllava.data.images import ImagePreparer
 from sqllava.encoding import encode_prompt
@@ -309,16 +312,21 @@ def open_engine(
 def is_transformers_model(path: str) -> bool:
     """Whether a model is transformers' own: its config has the parts of one, and is not ours."""
     config = Path(path, "config.json")
-    if not Path(path).is_dir():
-        return True  # a hub id
-    if not config.is_file():
-        return False
-    values = json.loads(config.read_text(encoding="utf-8"))
+    if Path(path).is_dir():
+        if not config.is_file():
+            return False
+        values = json.loads(config.read_text(encoding="utf-8"))
+    else:
+        try:
+            values = config_dict(path)  # of a hub id
+        except OSError:
+            return True  # whose opening says what is wrong with it
     return values.get("model_type") != "sqllava" and "vision_config" in values
 
 
 def _open_hub_model(path: str, dtype: str, device: str | None) -> tuple[Any, Any]:
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
+    dtype = dtype_name(dtype)
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"  # half precision is slow, or missing, on most CPUs
     with refused_code(path):
