@@ -40,5 +40,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("sqllava.serve").setLevel(logging.INFO)
     try:
         serve(args)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
