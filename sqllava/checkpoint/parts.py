@@ -299,6 +299,22 @@ def projector_of(config: Mapping[str, Any]) -> tuple[str, dict[str, int]]:
     return kind, whole_options(kind, settings["projector_options"])
 
 
+def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that is saved with a model, ours or published; errors as `load_processor`."""
+    _check_tokenizer(folder)
+    with refused_code(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        names = " or ".join(_TOKENIZER_FILES)
+        raise FileNotFoundError(f"{folder}: no {names}: its tokenizer is not there")
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
+
+
 def load_processor(folder: Path) -> SQLlavaProcessor:
     """The processor that is saved with a model of ours.
 
@@ -308,12 +324,7 @@ def load_processor(folder: Path) -> SQLlavaProcessor:
     """
     if not (folder / "processor_config.json").is_file():
         raise FileNotFoundError(f"{folder}: no processor_config.json: its processor is not there")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        names = " or ".join(_TOKENIZER_FILES)
-        raise FileNotFoundError(f"{folder}: no {names}: its tokenizer is not there")
-    for name in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            read_json(folder / name)
+    _check_tokenizer(folder)
     if "image_processor" not in read_json(folder / "processor_config.json"):
         raise ValueError(f"{folder / 'processor_config.json'}: no image_processor in it")
     with refused_code(folder):
