@@ -36,7 +36,7 @@ def golden_records(golden: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="session")
 def tokenizer(golden: Path) -> PreTrainedTokenizerBase:
     """1345 sentencepiece pieces of Llama-2's, with `<image>` added."""
-    tokenizer = AutoTokenizer.from_pretrained(golden / "vicuna-tiny")
+    tokenizer = AutoTokenizer.from_pretrained(golden / "vicuna-tiny", trust_remote_code=False)
     add_image_token(tokenizer)
     return tokenizer
 

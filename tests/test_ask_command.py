@@ -5,8 +5,9 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from training import environment
@@ -79,6 +80,72 @@ def test_urls_are_fetched_only_when_allowed(server, golden, tmp_path):
         open_picture(f"{server}/")
 
 
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://no.such.host.invalid/a.png", "a.png: .*(not known|resolution|No address)"),
+        ("http://127.0.0.1:1/a.png", "refused"),
+        ("http://127.0.0.1:port/a.png", "port"),
+        ("http://[::1/a.png", "IPv6"),
+        ("http://host with blanks/a.png", "a.png: "),
+        (f"http://{'a' * 70}.example/a.png", "a.png: "),
+        ("http:///a.png", "a.png: "),
+    ],
+)
+def test_addresses_that_do_not_answer_are_told(url, told):
+    assert named_images([url], io.StringIO(), allow_url=True) == [url]
+    with pytest.raises(ImageError, match=told) as error:
+        open_picture(url)
+    assert str(error.value).startswith(f"{url}: ")
+
+
+class Odd(BaseHTTPRequestHandler):
+    """Answers that no picture comes of."""
+
+    def do_GET(self):
+        if self.path == "/file.png":
+            self.send_response(302)
+            self.send_header("Location", "ftp://127.0.0.1/etc/passwd")
+            self.end_headers()
+        elif self.path == "/short.png":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"abc")
+        elif self.path == "/slow.png":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(40):
+                self.wfile.write(b"a")
+                time.sleep(0.1)
+        else:
+            self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_answers_that_are_no_pictures_are_told(monkeypatch):
+    monkeypatch.setattr("sqllava.ask.transcript._DOWNLOAD_SECONDS", 1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        for name in ("file", "short", "slow", "ssh"):
+            started = time.monotonic()
+            with pytest.raises(ImageError, match=f"^{address}/{name}.png: [^\n]+$"):
+                open_picture(f"{address}/{name}.png")
+            assert time.monotonic() - started < 3
+        server.shutdown()
+
+
+def test_standard_input_that_names_nothing_is_told(short):
+    with pytest.raises(ValueError, match="standard input names no images"):
+        named_images(["-"], io.StringIO("\n \n"), allow_url=False)
+    binary = io.TextIOWrapper(io.BytesIO(b"\x89PNG\r\n\xff"), encoding="utf-8")
+    with pytest.raises(ValueError, match="standard input is no list of names"):
+        named_images(["-"], binary, allow_url=False)
+
+
 def test_what_is_fetched_is_bounded(server, monkeypatch):
     monkeypatch.setattr("sqllava.ask.transcript.MAX_DOWNLOAD", 100)
     with pytest.raises(ImageError, match="more than 100 bytes"):
@@ -94,6 +161,14 @@ def test_what_is_fetched_is_bounded(server, monkeypatch):
         (["a.jpg", "--rounds", "2", "-n", "3"], "stands in the place of -n"),
         (["a.jpg", "--rounds", "0"], "--rounds must be at least 1"),
         (["--dataset", "d", "--out", "o", "--describe-every", "-1"], "must be 0 or more"),
+        (
+            ["--dataset", "d", "--out", "o", "--device", "cpu"],
+            "--device does not go with --dataset",
+        ),
+        (["--dataset", "d", "--out", "o", "--json"], "--json does not go with --dataset"),
+        (["--dataset", "d", "--out", "o", "--rounds", "2"], "--rounds does not go with --dataset"),
+        (["a.jpg", "--image-folder", "d"], "--image-folder goes with --dataset alone"),
+        (["a.jpg", "--consistency", "2"], "--consistency goes with --dataset alone"),
     ],
 )
 def test_flags_that_do_not_go_together_are_told(words, told, capsys):
@@ -109,11 +184,20 @@ def test_flags_that_do_not_go_together_are_told(words, told, capsys):
         (["https://a.b/c.jpg"], "error: https://a.b/c.jpg is a URL"),
         (["{image}", "-n", "0"], "error: samples must be at least 1, found 0"),
         (["{image}", "--temperature", "0"], "error: the temperature must be above 0"),
+        (["{image}", "--temperature", "nan"], "error: the temperature must be above 0"),
+        (["{image}", "--temperature", "inf"], "error: the temperature must be above 0"),
+        (["{image}", "--top-p", "2"], "error: top p must be above 0 and at most 1"),
+        (["{image}", "--top-k", "-3"], "error: top k must be 0 (all) or more"),
+        (["{image}", "--device", "cuda:99"], "error: there is no device 'cuda:99' here"),
+        (["{folder}"], "is a folder: name its files, or make data of it (--dataset)"),
+        (["no\0name.jpg"], "error: no such image"),
+        (["a" * 5000], "error: no such image"),
         (["{image}", "--model", "nowhere"], "error: nowhere: no config.json"),
     ],
 )
 def test_errors_are_one_clear_line(short, golden, words, told):
-    words = [word.format(image=golden / "images" / "0.png") for word in words]
+    folder = golden / "images"
+    words = [word.format(image=folder / "0.png", folder=folder) for word in words]
     with pytest.raises(SystemExit, match="^error: [^\n]*$") as error:
         main([*short, *words])
     assert told in str(error.value)

@@ -45,7 +45,7 @@ def published(request: pytest.FixtureRequest, golden: Path) -> tuple[Any, Any, A
         if not LLAMA2.is_dir():
             pytest.skip("the Llama-2 vocabulary is not here (shared/golden/llama2-tokenization)")
         folder = vocabulary = LLAMA2
-    tokenizer = AutoTokenizer.from_pretrained(vocabulary)
+    tokenizer = AutoTokenizer.from_pretrained(vocabulary, trust_remote_code=False)
     add_image_token(tokenizer)
     records = json.loads((folder / "conversations.json").read_text())
     numbers = json.loads((folder / "golden.json").read_text())
@@ -90,7 +90,7 @@ def test_a_prompt_must_be_open(tokenizer: Any) -> None:
 
 
 def test_a_tokenizer_without_the_image_token_is_an_error(golden: Path) -> None:
-    bare = AutoTokenizer.from_pretrained(golden / "vicuna-tiny")
+    bare = AutoTokenizer.from_pretrained(golden / "vicuna-tiny", trust_remote_code=False)
     with pytest.raises(ValueError, match="call add_image_token first"):
         encode_prompt([Turn("user", "q", 1), Turn("assistant", None)], SQ, bare)
     add_image_token(bare)

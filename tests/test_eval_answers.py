@@ -43,7 +43,7 @@ def hub(tmp_path_factory):
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     folder = tmp_path_factory.mktemp("models") / "tiny-llava"
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "vicuna-tiny")
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "vicuna-tiny", trust_remote_code=False)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     tokenizer.pad_token = tokenizer.unk_token
     config = LlavaConfig(

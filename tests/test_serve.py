@@ -1,7 +1,10 @@
 """The page: what it does without a browser, and in a real one."""
 
 import contextlib
+import html
+import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,9 +18,11 @@ from PIL import Image
 from training import environment
 
 from sqllava import SelfQuestioner, load
+from sqllava.conversation import Turn
 from sqllava.data.images import ImageError
+from sqllava.generation.decoding import Decoding
 from sqllava.serve.cli import main
-from sqllava.serve.page import MOST_PIXELS, Page
+from sqllava.serve.page import MOST_PIXELS, Page, StoppedError, Talk, as_html, build
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -73,10 +78,19 @@ def test_what_cannot_be_done_is_told(page, image, tmp_path):
     talk, _ = last(page.describe(image))
     with pytest.raises(ValueError, match="write a question first"):
         last(page.answer("  ", talk, "user"))
-    with pytest.raises(ValueError, match="temperature must be above 0"):
-        page.ask(talk, 3, 0.0, 300, 0.95)
+    for settings, told in (
+        ((3, 0.0, 300, 0.95), "temperature must be a number from 0.1 to 2.0, found 0.0"),
+        ((3, float("nan"), 300, 0.95), "temperature must be .* found nan"),
+        ((10_000, 1.2, 300, 0.95), "questions must be a number from 1 to 8, found 10000"),
+        ((3, 1.2, "all", 0.95), "top k must be .* found 'all'"),
+        ((3, 1.2, 300, None), "top p must be .* found None"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            page.ask(talk, *settings)
+    with pytest.raises(ValueError, match="may have 1000 characters, and this one has 60000"):
+        last(page.answer("a" * 60_000, talk, "user"))
     large = tmp_path / "large.png"
-    Image.new("1", (MOST_PIXELS // 1000, 1001)).save(large)
+    Image.new("1", (5000, MOST_PIXELS // 5000 + 1)).save(large)
     with pytest.raises(ImageError, match=f"is more than {MOST_PIXELS} pixels"):
         last(page.describe(str(large)))
 
@@ -99,12 +113,92 @@ def test_several_people_are_served_one_after_another(page, image, golden):
 NAMES = ("0.png", "1.png", "2.png", "3.png")
 
 
+@pytest.mark.parametrize(
+    ("size", "kind", "told"),
+    [
+        ((20_000, 1250), "PNG", "20000x1250 has a side of more than 10000 pixels"),
+        ((625, 40_000), "PNG", "625x40000 has a side of more than 10000 pixels"),
+        ((9, 9), "EPS", "a file of kind EPS; these are read: JPEG, PNG"),
+        ((9, 9), "PPM", "a file of kind PPM"),
+    ],
+)
+def test_images_that_cost_too_much_are_refused_before_they_are_decoded(
+    size, kind, told, page, tmp_path, monkeypatch
+):
+    file = tmp_path / "a.png"
+    Image.new("L", size).save(file, kind)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(ImageError, match=told):
+        last(page.describe(str(file)))
+
+
+def test_a_request_has_its_time_and_the_next_one_its_own(adapter, image):
+    short = Page(SelfQuestioner(*load(adapter)), answer_tokens=400, question_tokens=8, seconds=0.3)
+    for _ in range(2):
+        with pytest.raises(StoppedError, match=r"took more than 0.3 seconds and was stopped"):
+            last(short.describe(image))
+    short.seconds = 100
+    short.answering = Decoding(5)
+    talk, _ = last(short.describe(image))
+    short.seconds, short.question_tokens = 0.01, 100
+    with pytest.raises(StoppedError, match="was stopped"):
+        short.ask(talk, 8, 1.2, 300, 0.95)
+    assert not short._model.locked()
+    with pytest.raises(ValueError, match="more than 0 seconds, found 0"):
+        Page(short.questioner, 5, 5, seconds=0)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        Page(short.questioner, 0, 5)
+
+
+def test_what_nobody_waits_for_is_stopped(adapter, image):
+    long = Page(SelfQuestioner(*load(adapter)), answer_tokens=1500, question_tokens=8)
+    steps = []
+    long.questioner.model.model.register_forward_pre_hook(lambda *_: steps.append(1))
+    writing = long.describe(image)
+    next(writing)
+    writing.close()
+    with long._model:  # free as soon as the text has stopped
+        assert len(steps) < 1000
+    writing = long.describe(image)
+    next(writing)
+    long.close()
+    with pytest.raises(StoppedError, match="is being closed"):
+        last(writing)
+
+
+def test_a_talk_that_the_model_can_no_longer_read_is_refused(page, image):
+    talk, _ = last(page.describe(image))
+    talk.turns += [Turn("user", "Is it? " * 1000), Turn("assistant", "It is.")]
+    with pytest.raises(ValueError, match="grown too long for the model: clear its answers"):
+        last(page.answer("Is it?", talk, "user"))
+    with pytest.raises(ValueError, match="grown too long"):
+        page.ask(talk, 3, 1.2, 300, 0.95)
+
+
+def test_texts_become_html_that_shows_them_as_they_are():
+    text = '<b>3 < 5</b> & "a" &amp;\nb'
+    shown = as_html(text)
+    assert not set("<>") & set(shown.replace("<br>", ""))
+    assert html.unescape(shown.replace("<br>", "\n")) == text
+
+
 def test_errors_of_the_command_are_one_line(tmp_path):
     with pytest.raises(SystemExit, match="^error: no folder of examples: "):
         main(["--model", "m", "--examples", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="^error: --port must be from 1 to 65535, found 99999"):
+        main(["--model", "m", "--port", "99999"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit, match=f"^error: cannot serve on .* --port {port}: "):
+            main(["--model", "m", "--port", port])
+    with pytest.raises(SystemExit, match="^error: cannot serve on --host no.such.host.invalid"):
+        main(["--model", "m", "--host", "no.such.host.invalid"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="^error: --folder .*file: "):
+        main(["--model", "m", "--port", "17861", "--folder", str(tmp_path / "file")])
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'sqllava[serve]'")
     with pytest.raises(SystemExit, match="^error: nowhere: no config.json"):
-        main(["--model", "nowhere", "--folder", str(tmp_path / "uploads")])
+        main(["--model", "nowhere", "--port", "17861", "--folder", str(tmp_path / "uploads")])
 
 
 # --- in a browser ---------------------------------------------------------------------------------
@@ -116,11 +210,19 @@ def site(adapter, golden, tmp_path_factory):
     pytest.importorskip("gradio", reason="gradio is not installed: pip install 'sqllava[serve]'")
     around = tmp_path_factory.mktemp("around")
     uploads = tmp_path_factory.mktemp("uploads")
+    (uploads / "diary.txt").write_text("dear diary")
+    with serving(adapter, around, uploads, "--examples", golden / "images") as (_, address):
+        yield address, around, uploads
+
+
+@contextlib.contextmanager
+def serving(model, around, uploads, *words):
+    """A process that serves the page, and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["serve", "--model", adapter, "--port", port, "--folder", uploads]
-    words += ["--examples", golden / "images", "--answer-tokens", 12, "--question-tokens", 8]
+    words = ["serve", "--model", model, "--port", port, "--folder", uploads, *words]
+    words += ["--answer-tokens", 12, "--question-tokens", 8]
     process = subprocess.Popen(
         [sys.executable, "-c", "from sqllava.cli import main; main()", *map(str, words)],
         cwd=around,
@@ -132,7 +234,7 @@ def site(adapter, golden, tmp_path_factory):
     address = f"http://127.0.0.1:{port}"
     try:
         _wait_for(process, address)
-        yield address, around, uploads
+        yield process, address
     finally:
         process.terminate()
         process.wait()
@@ -156,7 +258,8 @@ def _wait_for(process, address):
 
 @pytest.fixture
 def tab(site):
-    """A tab of a real headless Chromium with the page in it."""
+    """A tab of a real headless Chromium with the page in it; `tab.outside` is what it asked of
+    other servers, and did not get."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
@@ -164,6 +267,17 @@ def tab(site):
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1200, "height": 900})
         tab.set_default_timeout(WAIT)
+        tab.outside = []
+
+        def at_home(route):
+            address = route.request.url
+            if address.startswith((site[0], "data:", "blob:")):
+                route.continue_()
+            else:
+                tab.outside.append(address)
+                route.abort()
+
+        tab.route("**/*", at_home)
         tab.goto(site[0])
         tab.wait_for_selector("#image input[type=file]", state="attached")
         yield tab
@@ -208,6 +322,57 @@ def test_an_image_is_described_asked_about_and_talked_about(tab, site, image):
     assert left == []
 
 
+WRITTEN = (
+    'What do <image>, <b>bold</b>, <img src="https://evil.example/p.png">, '
+    "<script>document.title = 1</script>, ![a](https://evil.example/m.png), "
+    "[l](https://evil.example), `code`, **stars**, $$x^2$$, $y$, &lt; and 3 < 5 mean?"
+)
+
+
+def test_texts_are_shown_as_they_are_written_and_nothing_is_fetched(tab, site, image):
+    upload(tab, image)
+    tab.wait_for_selector("#question-0", state="visible")
+    tab.fill("#own textarea", WRITTEN)
+    tab.press("#own textarea", "Enter")
+    wait_for_chat(tab, 2)
+    assert tab.inner_text("#chat [data-testid=user]").strip() == WRITTEN
+    assert tab.query_selector("#chat b, #chat [data-testid=user] img, #chat a, #chat code") is None
+    assert tab.outside == []
+
+
+@pytest.mark.slow
+def test_what_the_model_writes_is_shown_as_it_is_written_too(adapter, golden):
+    """The description and the questions, of a model that writes tags."""
+    gradio = pytest.importorskip("gradio")
+    page = Page(SelfQuestioner(*load(adapter)), answer_tokens=5, question_tokens=5)
+    page.describe = lambda path: iter([(Talk(None, []), WRITTEN)] if path else [(None, "")])
+    page.ask = lambda *_: [WRITTEN]
+    page.answer = lambda *_: (_ for _ in ()).throw(ValueError(WRITTEN))
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    blocks = build(page)
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    try:
+        with playwright.sync_playwright() as started:
+            browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            tab = browser.new_page(viewport={"width": 1200, "height": 900})
+            tab.set_default_timeout(WAIT)
+            tab.goto(address)
+            tab.wait_for_selector("#image input[type=file]", state="attached")
+            upload(tab, golden / "images" / "0.png")
+            tab.wait_for_selector("#question-0", state="visible")
+            assert tab.input_value("#description textarea") == WRITTEN
+            assert tab.inner_text("#question-0").strip() == WRITTEN
+            tab.click("#question-0")
+            assert WRITTEN in tab.inner_text(".toast-body")
+            assert tab.query_selector(".toast-body b, .toast-body img, .toast-body a") is None
+            browser.close()
+    finally:
+        blocks.close(verbose=False)
+    assert gradio
+
+
 def test_an_example_is_an_image_too(tab):
     tab.click("#examples button >> nth=1")
     tab.wait_for_selector("#question-0", state="visible")
@@ -217,11 +382,19 @@ def test_files_that_cannot_be_used_are_told_and_the_page_goes_on(tab, image, tmp
     corrupt = tmp_path / "corrupt.png"
     corrupt.write_bytes(b"\x89PNG no image")
     upload(tab, corrupt)
-    assert "cannot identify image file" in tab.inner_text(".toast-body")
+    told = tab.inner_text(".toast-body")
+    assert "This image cannot be used: cannot identify image file 'corrupt.png'" in told
+    tab.click(".toast-close")
+
+    (tmp_path / "empty.png").write_bytes(b"")
+    tab.reload()
+    tab.wait_for_selector("#image input[type=file]", state="attached")
+    upload(tab, tmp_path / "empty.png")
+    assert "cannot identify image file 'empty.png'" in tab.inner_text(".toast-body")
     tab.click(".toast-close")
 
     large = tmp_path / "large.png"
-    Image.new("1", (MOST_PIXELS // 1000, 1001)).save(large)
+    Image.new("1", (5000, MOST_PIXELS // 5000 + 1)).save(large)
     tab.reload()
     tab.wait_for_selector("#image input[type=file]", state="attached")
     upload(tab, large)
@@ -251,6 +424,67 @@ def test_the_server_itself_refuses_what_is_too_large(site):
     )
     with pytest.raises(urllib.error.HTTPError, match="413"):
         urllib.request.urlopen(request, timeout=60)
+
+
+def status(address, data=None):
+    """How the server answers a request."""
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_the_server_gives_out_no_files_but_its_own(site, golden):
+    files = f"{site[0]}/gradio_api/file="
+    assert status(f"{files}{site[2]}/diary.txt") == 403
+    assert status(f"{files}{golden}/conversations.json") == 403
+    assert status(f"{files}{golden}/images/0.png") == 403  # its copy is the example
+    assert status(f"{files}http://192.0.2.1/a.png") == 403
+    assert status(f"{files}https%3A//192.0.2.1/a.png") == 403
+    assert (site[2] / "diary.txt").is_file()
+
+
+def test_the_server_bounds_every_request(site):
+    join = f"{site[0]}/gradio_api/queue/join"
+    assert status(join, b" " * 1_000_001) == 413
+    # Around the queue, where everyone waits in turn, nothing is to be had.
+    for fn in range(12):
+        body = json.dumps({"data": [None] * 6, "fn_index": fn, "session_hash": "x"}).encode()
+        assert status(f"{site[0]}/gradio_api/run/predict", body) >= 400
+
+
+def test_limits_hold_without_a_browser(site, image):
+    client = pytest.importorskip("gradio_client")
+    asked = client.Client(site[0], verbose=False)
+    asked.predict(client.handle_file(image), api_name="/describe")
+    with pytest.raises(Exception, match="may have 1000 characters, and this one has 60000"):
+        asked.predict("a" * 60_000, api_name="/answer_own")
+    chat, _ = asked.predict("Is it red?", api_name="/answer_own")
+    assert len(chat) == 2
+    address = {"path": "http://192.0.2.1/a.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(Exception, match="addresses are not fetched"):
+        asked.predict(address, api_name="/describe")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_open_clients_and_takes_the_uploads_along(
+    number, adapter, image, tmp_path
+):
+    around, uploads = tmp_path / "around", tmp_path / "uploads"
+    around.mkdir()
+    client = pytest.importorskip("gradio_client")
+    with serving(adapter, around, uploads) as (process, address):
+        asked = client.Client(address, verbose=False)
+        asked.predict(client.handle_file(image), api_name="/describe")
+        assert any(path.is_file() for path in uploads.rglob("*"))
+        with urllib.request.urlopen(f"{address}/gradio_api/heartbeat/abc", timeout=60):
+            process.send_signal(number)
+            assert process.wait(timeout=15) == 128 + number
+        assert list(uploads.iterdir()) == []
+        assert "Traceback" not in process.stdout.read()
 
 
 def test_the_page_is_for_this_machine_alone(site):

@@ -1,6 +1,7 @@
 """A model at home in transformers: Auto classes, chat templates, pipelines, batches, and what
 inference servers ask of a modeling backend."""
 
+import json
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ from sqllava.checkpoint.convert import Options, convert
 from sqllava.checkpoint.load import load
 from sqllava.conversation import TEMPLATES, Turn
 from sqllava.data.images import ImagePreparer, to_rgb
-from sqllava.encoding import encode_prompt, encode_record
+from sqllava.encoding import encode_prompt, encode_record, encode_turns
 from sqllava.model.chat import chat_template
 
 
@@ -112,17 +113,69 @@ def test_save_pretrained_writes_a_model_card_and_the_chat_template(loaded, tmp_p
     assert again.config.figures == {"vqa_accuracy": 0.875}
 
 
-def test_servers_that_import_nothing_of_ours_load_it_with_trust_remote_code(folder):
-    code = (
-        "import sys; from transformers import AutoModelForImageTextToText, AutoProcessor;"
-        "assert 'sqllava' not in sys.modules;"
-        f"model = AutoModelForImageTextToText.from_pretrained({str(folder)!r}, "
-        "trust_remote_code=True);"
-        f"AutoProcessor.from_pretrained({str(folder)!r}, trust_remote_code=True);"
-        "print(type(model).__name__)"
+_OPEN = """
+import json, sys, transformers
+assert "sqllava" not in sys.modules
+folder, *targets = sys.argv[1:]
+for trust in (False, True):
+    for kind in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"):
+        try:
+            made = getattr(transformers, kind).from_pretrained(folder, trust_remote_code=trust)
+            print(type(made).__name__)
+            for target in targets:
+                made.save_pretrained(target)
+        except ValueError as error:
+            print(str(error).splitlines()[0])
+"""
+
+
+def opened_without_our_package(*folders):
+    """What transformers' Auto classes make of a folder where nothing imports ours: with
+    trust_remote_code=False, then with True. What opens is saved into the other folders."""
+    done = subprocess.run(
+        [sys.executable, "-c", _OPEN, *map(str, folders)], capture_output=True, text=True, input=""
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "SQLlavaForConditionalGeneration", done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    # DeepSpeed, where it is installed, logs to standard output.
+    return [line for line in done.stdout.splitlines() if not line.startswith("[")]
+
+
+def check_opened(told):
+    """Sentences without trust, a bare tokenizer never, and our classes with trust."""
+    for line in told[:4]:
+        assert "contains custom code which must be executed to correctly load" in line
+    assert told[4:] == [
+        "SQLlavaConfig",
+        "SQLlavaModel",
+        "SQLlavaForConditionalGeneration",
+        "SQLlavaProcessor",
+    ]
+
+
+def test_servers_that_import_nothing_of_ours_load_it_with_trust_remote_code(folder):
+    check_opened(opened_without_our_package(folder))
+
+
+@pytest.mark.slow
+def test_what_was_opened_by_trust_is_saved_as_it_was(folder, tmp_path):
+    check_opened(opened_without_our_package(folder, tmp_path))
+    check_opened(opened_without_our_package(tmp_path))
+    assert {path.name for path in tmp_path.glob("*.py")} == {"modeling_sqllava.py"}
+
+
+def test_what_save_pretrained_writes_leads_to_our_classes_too(loaded, tmp_path):
+    model, processor = loaded
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "processor")
+    for part, file, classes in (
+        ("model", "config.json", {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}),
+        ("processor", "processor_config.json", {"AutoProcessor"}),
+    ):
+        found = json.loads((tmp_path / part / file).read_text())["auto_map"]
+        assert classes <= found.keys()
+        for place in found.values():
+            module, _, name = place.partition(".")
+            assert name in (tmp_path / part / f"{module}.py").read_text()
 
 
 # --- Chat templates ---
@@ -188,6 +241,26 @@ def test_any_chat_has_the_ids_of_encoding_from_the_bare_tokenizer(name, folder):
         rendered = bare.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         expected = encode_prompt([*turns, Turn("assistant", None)], name, bare)
         assert bare(rendered, add_special_tokens=False).input_ids == expected
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["v1", "v1_sq"])
+def test_the_chats_mask_is_what_training_has_as_targets(name, folder):
+    bare = AutoTokenizer.from_pretrained(folder)
+    bare.chat_template = chat_template(TEMPLATES[name], bare)
+
+    @settings(max_examples=40, deadline=None)
+    @given(conversations(asks=name == "v1_sq"), sentences)
+    def check(turns, answer):
+        turns = [*turns, Turn("assistant", answer)]
+        chat = [message(t.role, t.text, [None] * t.images) for t in turns]
+        inputs = bare.apply_chat_template(
+            chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        expected = encode_turns(turns, TEMPLATES[name], bare)
+        assert inputs["input_ids"] == expected.input_ids
+        assert inputs["assistant_masks"] == [label != -100 for label in expected.labels]
 
     check()
 

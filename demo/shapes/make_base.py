@@ -58,14 +58,14 @@ def make_tower(out: Path, minutes: float, seed: int) -> dict[str, Any]:
 
 def make_lm(out: Path, minutes: float, seed: int) -> dict[str, Any]:
     """Trains, checks and saves the language model, for the tokenizer that lies in its folder."""
-    tokenizer = AutoTokenizer.from_pretrained(out / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(out / "lm", trust_remote_code=False)
     model, curve = train_lm(tokenizer, minutes=minutes, seed=seed)
     return save_lm(out, model, curve)
 
 
 def go_on_with_lm(out: Path, minutes: float, seed: int) -> dict[str, Any]:
     """Gives the language model that lies there more of the last phase; its rate starts anew."""
-    tokenizer = AutoTokenizer.from_pretrained(out / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(out / "lm", trust_remote_code=False)
     model = LlamaForCausalLM.from_pretrained(out / "lm", dtype=torch.float32)
     model, curve = train_lm(tokenizer, phases=PHASES[-1:], minutes=minutes, seed=seed, model=model)
     return save_lm(out, model, curve)
@@ -74,7 +74,7 @@ def go_on_with_lm(out: Path, minutes: float, seed: int) -> dict[str, Any]:
 def save_lm(out: Path, model: LlamaForCausalLM, curve: list[dict[str, Any]]) -> dict[str, Any]:
     """Saves and checks a language model; gives its report."""
     save_half(model, out / "lm")
-    tokenizer = AutoTokenizer.from_pretrained(out / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(out / "lm", trust_remote_code=False)
     accuracy = {name: text_accuracy(model, tokenizer, template=name) for name in ("v1", "v1_sq")}
     return {"curve": curve, "text_accuracy": accuracy}
 

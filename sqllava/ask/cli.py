@@ -54,6 +54,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("name either images or a --dataset")
     if bool(args.dataset) != bool(args.out):
         parser.error("--dataset and --out belong together")
+    _check_belonging(parser, args)
     if args.rounds is not None and (args.rounds < 1 or args.n is not None):
         parser.error("--rounds must be at least 1, and stands in the place of -n")
     # The published temperature asks varied questions; in data, those about what is not there hurt.
@@ -62,6 +63,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.temperature is None:
         args.temperature = 0.8 if args.dataset else 1.2
     return args
+
+
+# What either way of asking alone takes.
+_OF_IMAGES = ("answer", "rounds", "json", "allow_url", "device")
+_OF_DATASET = ("image_folder", "processes", "batch", "rows", "consistency", "agreement",
+               "describe_every")  # fmt: skip
+
+
+def _check_belonging(parser: Parser, args: argparse.Namespace) -> None:
+    """Ends with a line if a flag is given that would not be heard."""
+    for name in _OF_IMAGES if args.dataset else _OF_DATASET:
+        if getattr(args, name) != parser.get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            told = "does not go with --dataset" if args.dataset else "goes with --dataset alone"
+            parser.error(f"{flag} {told}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("sqllava.ask.data_engine").setLevel(logging.INFO)
     try:
         failed = transcript.make_data(args) if args.dataset else transcript.ask_images(args)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     if failed:
         raise SystemExit(1)

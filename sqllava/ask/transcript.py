@@ -6,13 +6,16 @@ Between the command line (cli.py) and `SelfQuestioner` or, with --dataset, the d
 import argparse
 import json
 import logging
+import os
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from http.client import HTTPException
 from typing import TextIO
+from urllib.error import HTTPError
 
 from PIL import Image
 
@@ -26,6 +29,8 @@ from sqllava.generation.writer import Stream
 
 MAX_DOWNLOAD = 50_000_000
 _DOWNLOAD_SECONDS = 30
+_BLOCK = 2**16
+_SCHEMES = ("http://", "https://")
 
 logger = logging.getLogger(__name__)
 
@@ -137,17 +142,24 @@ def named_images(words: Iterable[str], stdin: TextIO, allow_url: bool) -> list[s
     """The images that a command line names; "-" stands for the lines of standard input.
 
     Raises:
-        ValueError: a URL, and URLs are not allowed.
+        ValueError: a URL, and URLs are not allowed; standard input is no text, or empty; a folder.
         FileNotFoundError: there is no such file.
     """
     names = []
     for word in words:
-        lines = [line.rstrip("\n") for line in stdin] if word == "-" else [word]
+        try:
+            lines = [line.rstrip("\r\n") for line in stdin] if word == "-" else [word]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is no list of names: {error}") from error
         names += [line for line in lines if line.strip()]
+    if not names:
+        raise ValueError("standard input names no images")
     for name in names:
         if "://" in name:
             _check_url(name, allow_url)
-        elif not Path(name).is_file():
+        elif os.path.isdir(name):
+            raise ValueError(f"{name} is a folder: name its files, or make data of it (--dataset)")
+        elif not os.path.isfile(name):  # also of names that no file can have
             raise FileNotFoundError(f"no such image: {name}")
     return names
 
@@ -155,7 +167,7 @@ def named_images(words: Iterable[str], stdin: TextIO, allow_url: bool) -> list[s
 def _check_url(name: str, allow_url: bool) -> None:
     if not allow_url:
         raise ValueError(f"{name} is a URL, and nothing is fetched unless --allow-url is given")
-    if not name.startswith(("http://", "https://")):
+    if not name.lower().startswith(_SCHEMES):
         raise ValueError(f"{name}: only http and https URLs are fetched")
 
 
@@ -166,12 +178,14 @@ def open_picture(name: str) -> Image.Image:
 
 def _fetch(url: str) -> Image.Image:
     try:
-        with urllib.request.urlopen(url, timeout=_DOWNLOAD_SECONDS) as answer:
-            data = answer.read(MAX_DOWNLOAD + 1)
-    except OSError as error:
-        raise ImageError(f"{url}: {error}") from error
-    if len(data) > MAX_DOWNLOAD:
-        raise ImageError(f"{url}: more than {MAX_DOWNLOAD} bytes")
+        data = _download(url)
+    except ImageError:
+        raise
+    # What is no address, or answers in no HTTP, is told by neither as an OSError.
+    except (OSError, HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) if not isinstance(error, HTTPError) else None
+        told = str(reason or error) or type(error).__name__
+        raise ImageError(f"{url}: {told}") from error
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
@@ -179,6 +193,21 @@ def _fetch(url: str) -> Image.Image:
             return load_image(file.name)
         except ImageError as error:
             raise ImageError(f"{url}: {error.__cause__}") from error
+
+
+def _download(url: str) -> bytes:
+    """What an address answers with, within the bounds of bytes and seconds."""
+    data, deadline = bytearray(), time.monotonic() + _DOWNLOAD_SECONDS
+    with urllib.request.urlopen(url, timeout=_DOWNLOAD_SECONDS) as answer:
+        if not answer.url.lower().startswith(_SCHEMES):
+            raise ImageError(f"{url}: leads to {answer.url}, and only http and https are fetched")
+        while block := answer.read1(_BLOCK):
+            data += block
+            if len(data) > MAX_DOWNLOAD:
+                raise ImageError(f"{url}: more than {MAX_DOWNLOAD} bytes")
+            if time.monotonic() > deadline:
+                raise ImageError(f"{url}: not there after {_DOWNLOAD_SECONDS} seconds")
+    return bytes(data)
 
 
 def ask_images(args: argparse.Namespace) -> int:

@@ -9,9 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoTokenizer
-
-from sqllava.checkpoint.parts import files_of, load_tokenizer
+from sqllava.checkpoint.parts import files_of, load_tokenizer, saved_tokenizer
 from sqllava.checkpoint.published import read_json
 from sqllava.model.card import RUN_FILE
 from sqllava.model.config import SQLlavaConfig
@@ -97,7 +95,7 @@ def check_base(folder: Path, config: SQLlavaConfig) -> None:
             "one that it was trained on"
         )
     if (folder / "tokenizer_config.json").is_file():
-        ids = AutoTokenizer.from_pretrained(folder).get_vocab()
+        ids = saved_tokenizer(folder).get_vocab()
         there = load_tokenizer(base).get_vocab()
         other = sorted(
             (number, token) for token, number in ids.items() if there.get(token) != number

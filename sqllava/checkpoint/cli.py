@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="of a whole model's weights; auto is that of its language model's files",
+        help="of a whole model's weights: float32, bfloat16 or float16 (fp32, bf16, fp16); auto is "
+        "that of its language model's files",
     )
     add(
         "--shard-bytes",

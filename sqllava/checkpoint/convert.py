@@ -19,10 +19,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from sqllava.checkpoint import SHARD_BYTES
+from sqllava.checkpoint import SHARD_BYTES, dtype_name
+from sqllava.checkpoint.hub import local_folder
 from sqllava.checkpoint.load import (
     Layout,
     Parts,
+    adapter_processor,
     assemble,
     describe,
     layout_of,
@@ -35,6 +37,7 @@ from sqllava.checkpoint.parts import (
     files_of,
     is_ours,
     language_model_names,
+    load_processor,
     projector_names,
     tower_names,
     vision_config_of,
@@ -68,23 +71,6 @@ logger = logging.getLogger(__name__)
 
 Target = Literal["ours", "published", "merged"]
 RECORD_FILE = "sqllava_convert.json"
-# Lets servers load a model directory with trust_remote_code, where nothing imports the package.
-REMOTE_CODE = "modeling_sqllava.py"
-_REMOTE_CODE_TEXT = '''"""The model's classes for trust_remote_code; needs `pip install sqllava`."""
-
-from sqllava import (  # noqa: F401
-    SQLlavaConfig,
-    SQLlavaForConditionalGeneration,
-    SQLlavaModel,
-    SQLlavaProcessor,
-)
-'''
-_AUTO_MAP = {
-    "AutoConfig": "SQLlavaConfig",
-    "AutoModel": "SQLlavaModel",
-    "AutoModelForImageTextToText": "SQLlavaForConditionalGeneration",
-    "AutoProcessor": "SQLlavaProcessor",
-}
 SMALL_BYTES = 64 * 10**6
 CHECK_PROMPT = "USER: <image>\nWhat is shown? ASSISTANT:"
 
@@ -118,7 +104,8 @@ def convert(
         FileExistsError: something else is at the target.
         ValueError, FileNotFoundError: as `sqllava.load`.
     """
-    source, target = Path(source), Path(target)
+    source, target = local_folder(source), Path(target)
+    dtype_name(options.dtype)
     layout = layout_of(source)
     record = {
         "source": str(source),
@@ -193,7 +180,7 @@ def _open(source: Path, options: Options) -> tuple[Parts, SQLlavaConfig, SQLlava
     config, processor = describe(parts)
     adapter = open_adapter(source, config, parts.vision_tower, options.vit_lora)
     if layout_of(source) == "adapter":
-        processor = SQLlavaProcessor.from_pretrained(source)
+        processor = adapter_processor(source, processor)
     return parts, config, processor, adapter
 
 
@@ -286,7 +273,7 @@ def _open_whole(source: Path, layout: Layout, options: Options) -> _Whole:
         names = {name: name for name in files_of(str(source))}
         return _Whole(
             config,
-            SQLlavaProcessor.from_pretrained(source),
+            load_processor(source),
             [_Stream(str(source), names)],
             None,
             _generation(str(source), config),
@@ -327,9 +314,6 @@ def _write_merged(source: Path, layout: Layout, folder: Path, options: Options) 
     config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
     config.training_facts = config.training_facts or training_facts(source)
     config.figures = read_json(Path(options.figures)) if options.figures else config.figures
-    module = REMOTE_CODE.removesuffix(".py")
-    config.auto_map = {auto: f"{module}.{name}" for auto, name in _AUTO_MAP.items()}
-    (folder / REMOTE_CODE).write_text(_REMOTE_CODE_TEXT)
     config.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(config))
     whole.generation.save_pretrained(folder)
@@ -338,8 +322,8 @@ def _write_merged(source: Path, layout: Layout, folder: Path, options: Options) 
 
 
 def _dtype(whole: _Whole, options: Options) -> torch.dtype:
-    if options.dtype != "auto":
-        return getattr(torch, options.dtype)
+    if dtype_name(options.dtype) != "auto":
+        return getattr(torch, dtype_name(options.dtype))
     language = whole.streams[0]
     name = next(name for name, ours in language.names.items() if part_of(ours) == "language model")
     with open_tensors(files_of(language.path)[name]) as tensors:
@@ -388,7 +372,7 @@ def merging_difference(source: Path, merged: Path, options: Options) -> float:
     Raises:
         ValueError: it is larger than rounding explains, for a model merged in float32.
     """
-    processor = SQLlavaProcessor.from_pretrained(merged)
+    processor = load_processor(merged)
     image = Image.open(options.image).convert("RGB") if options.image else _drawn_image()
     inputs = processor(images=image, text=CHECK_PROMPT)
     parts, _, _, adapter = _open(source, options)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from sqllava.checkpoint.base import check_base
+from sqllava.checkpoint.hub import local_folder
 from sqllava.checkpoint.parts import (
     config_dict,
     from_pretrained,
@@ -27,6 +28,7 @@ from sqllava.checkpoint.parts import (
     is_ours,
     language_config_of,
     load_language_model,
+    load_processor,
     load_tokenizer,
     load_tower,
     projector_of,
@@ -34,6 +36,7 @@ from sqllava.checkpoint.parts import (
     read_vision_config,
     vision_config_of,
 )
+from sqllava.checkpoint.place import choose_device, choose_dtype
 from sqllava.checkpoint.published import (
     PROJECTOR_FILE,
     is_published,
@@ -44,7 +47,7 @@ from sqllava.checkpoint.published import (
     resolve,
     settings_of,
 )
-from sqllava.checkpoint.weights import has_weights, weight_names
+from sqllava.checkpoint.weights import has_weights, tensor_names, weight_names
 from sqllava.encoding import image_token_id
 from sqllava.errors import raise_faults
 from sqllava.model.adapters import (
@@ -306,6 +309,12 @@ def open_adapter(
     """
     check_base(folder, config)
     if layout_of(folder) == "adapter":
+        tensor_names(folder / ADAPTER_WEIGHTS)  # says which file is damaged, if it is
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise FileNotFoundError(f"{folder}: no {ADAPTER_CONFIG} beside {ADAPTER_WEIGHTS}")
+        settings = read_json(folder / ADAPTER_CONFIG)
+        if missing := {"rank_pattern", "alpha_pattern"} - settings.keys():
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: no {', '.join(sorted(missing))} in it")
         adapter = read_adapter(folder)
         check_adapter(adapter, config)
         return adapter
@@ -331,7 +340,7 @@ def load(
     projector always goes before one that its base brings along.
 
     Args:
-        path: the folder.
+        path: the folder, or its id on the hub, from where it is then fetched.
         base: the language model under an adapter, if not the one that its config names.
         vision_tower: the tower, if not the one that the config names.
         vit_lora: for a published adapter, a folder with the tower's LoRA, if not its own.
@@ -348,17 +357,17 @@ def load(
         FileNotFoundError: the folder or one of its parts is not there, or holds no model.
         ValueError: its weights do not fit; the message names them.
     """
-    folder = Path(path)
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    folder = local_folder(path)
     layout = layout_of(folder)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = _choose_dtype(dtype, device)
     if layout == "model":
         if base or vision_tower or vit_lora:
             raise ValueError(
                 f"{folder} is a whole model: base, vision_tower, vit_lora do not apply"
             )
         model = _load_model(folder, dtype, bits, device_map, attn_implementation)
-        processor = SQLlavaProcessor.from_pretrained(folder)
+        processor = load_processor(folder)
         placed = device_map is not None or bits != 16
         return (model if placed else cast(Any, model).to(device)).eval(), processor
     if bits != 16 or device_map is not None:
@@ -378,8 +387,19 @@ def load(
     else:
         apply_adapter(model, open_adapter(folder, model.config, parts.vision_tower, vit_lora))
     if layout == "adapter":
-        processor = SQLlavaProcessor.from_pretrained(folder)
+        processor = adapter_processor(folder, processor)
     return cast(Any, model).to(device).eval(), processor
+
+
+def adapter_processor(folder: Path, of_parts: SQLlavaProcessor) -> SQLlavaProcessor:
+    """The processor that is saved with an adapter; that of its parts, where none is."""
+    if (folder / "processor_config.json").is_file():
+        return load_processor(folder)
+    logger.warning(
+        "%s: no processor_config.json: text and images are prepared as its base and tower say",
+        folder,
+    )
+    return of_parts
 
 
 def _load_model(
@@ -389,6 +409,9 @@ def _load_model(
     device_map: str | dict[str, Any] | None,
     attn_implementation: str | None,
 ) -> SQLlavaForConditionalGeneration:
+    # Without them transformers would build a model of seven billion parameters.
+    if lacking := {"text_config", "vision_config"} - read_json(folder / "config.json").keys():
+        raise ValueError(f"{folder / 'config.json'}: no {', '.join(sorted(lacking))} in it")
     model, missing, unexpected = from_pretrained(
         SQLlavaForConditionalGeneration,
         str(folder),
@@ -418,15 +441,6 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type="nf4",
         llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
     )
-
-
-def _choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if on_gpu else torch.float32
 
 
 def load_base(

@@ -25,14 +25,16 @@ from sqllava.checkpoint.published import (
     is_published,
     llama_config,
     our_name,
+    read_json,
     resolve,
     settings_of,
 )
 from sqllava.checkpoint.weights import has_weights, open_tensors, weight_names
 from sqllava.encoding import add_image_token
-from sqllava.errors import raise_faults
+from sqllava.errors import raise_faults, refused_code
 from sqllava.model.adapters import part_of
 from sqllava.model.config import SQLlavaConfig, cut_vision_config
+from sqllava.model.processor import SQLlavaProcessor
 from sqllava.model.projector import whole_options
 from sqllava.model.tower import tower_end
 
@@ -49,6 +51,7 @@ _BESIDE_TOWER_OF_A_MODEL = re.compile(
 _BESIDE_LANGUAGE_MODEL = re.compile(r"model\.(vision_tower|mm_projector|multi_modal_projector)\.")
 _LAYER = re.compile(r"(^|\.)(layers?)\.(\d+)\.")
 _FREQUENCIES = ".rotary_emb.inv_freq"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def config_dict(path: str) -> dict[str, Any]:
@@ -63,12 +66,17 @@ def language_config_of(path: str) -> PretrainedConfig:
         return LlamaConfig.from_dict(llama_config(config))
     if is_ours(path):
         return SQLlavaConfig.from_dict(config).text_config
-    return AutoConfig.from_pretrained(path)
+    return _auto_config(path)
+
+
+def _auto_config(path: str) -> PretrainedConfig:
+    with refused_code(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def vision_config_of(path: str) -> PretrainedConfig:
     """The vision half of a folder's configuration, with all layers that the folder has."""
-    config = AutoConfig.from_pretrained(_tower_folder(path))
+    config = _auto_config(_tower_folder(path))
     return getattr(config, "vision_config", config)
 
 
@@ -275,9 +283,11 @@ def image_settings(vision_tower: str) -> dict[str, Any]:
 
 def load_tokenizer(language_model: str) -> PreTrainedTokenizerBase:
     """A language model's tokenizer, with an `<image>` token."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        language_model, config=language_config_of(language_model)
-    )
+    config = language_config_of(language_model)
+    with refused_code(language_model):
+        tokenizer = AutoTokenizer.from_pretrained(
+            language_model, config=config, trust_remote_code=False
+        )
     add_image_token(tokenizer)
     return tokenizer
 
@@ -287,6 +297,38 @@ def projector_of(config: Mapping[str, Any]) -> tuple[str, dict[str, int]]:
     settings = settings_of(config) if is_published(config) else config
     kind = settings["projector_type"]
     return kind, whole_options(kind, settings["projector_options"])
+
+
+def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that is saved with a model, ours or published; errors as `load_processor`."""
+    _check_tokenizer(folder)
+    with refused_code(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        names = " or ".join(_TOKENIZER_FILES)
+        raise FileNotFoundError(f"{folder}: no {names}: its tokenizer is not there")
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
+
+
+def load_processor(folder: Path) -> SQLlavaProcessor:
+    """The processor that is saved with a model of ours.
+
+    Raises:
+        FileNotFoundError: files of it are missing; the message names them.
+        ValueError: one of them is damaged, or wants to run code of its own.
+    """
+    if not (folder / "processor_config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no processor_config.json: its processor is not there")
+    _check_tokenizer(folder)
+    if "image_processor" not in read_json(folder / "processor_config.json"):
+        raise ValueError(f"{folder / 'processor_config.json'}: no image_processor in it")
+    with refused_code(folder):
+        return SQLlavaProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_projector(path: str) -> dict[str, torch.Tensor]:
@@ -306,10 +348,14 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> tuple[Any, set[str]
         The model, the names of its weights that the files lack, and those in the files that it
         lacks. transformers' own report of these is silenced: here they are judged.
     """
+    files_of(path)  # says which file is damaged or missing, if one is
     reporter = logging.getLogger("transformers.modeling_utils")
     reporter.addFilter(_no_load_report)
     try:
-        model, info = kind.from_pretrained(path, output_loading_info=True, **options)
+        with refused_code(path):
+            model, info = kind.from_pretrained(
+                path, output_loading_info=True, trust_remote_code=False, **options
+            )
     finally:
         reporter.removeFilter(_no_load_report)
     return model, set(info["missing_keys"]), set(info["unexpected_keys"])

@@ -18,6 +18,8 @@ _FORMS = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 
+_LFS_POINTER = b"version https://git-lfs"
+
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds the weights of a whole model."""
@@ -62,7 +64,11 @@ def weight_names(folder: Path) -> dict[str, Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    return json.loads(index.read_text())["weight_map"]
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(tensor): str(file) for tensor, file in names.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged: no object 'weight_map' in it") from error
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -84,6 +90,9 @@ def open_tensors(file: Path) -> Iterator[Mapping[str, torch.Tensor]]:
     Raises:
         ValueError: the file is damaged, or holds anything but tensors. Code in a pickle never runs.
     """
+    with file.open("rb") as start:
+        if start.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: git lfs pull")
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as tensors:

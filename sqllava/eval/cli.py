@@ -200,7 +200,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-chunks", type=int, help="how many processes share the work")
     parser.add_argument("--chunk-idx", type=int, help="which of them this one is, from 0")
     parser.add_argument("--bad-images", choices=("error", "mark"), default="error")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto")
     parser.add_argument("--device", help="cpu, cuda, cuda:1")
     parser.add_argument("--limit", type=int, help="only the first questions, to try things out")
     parser.add_argument("--overwrite", action="store_true", help="begin anew")

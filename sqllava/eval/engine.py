@@ -16,10 +16,14 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from sqllava.checkpoint import dtype_name
 from sqllava.checkpoint.load import load
+from sqllava.checkpoint.parts import config_dict
+from sqllava.checkpoint.place import choose_device
 from sqllava.conversation import IMAGE, Turn, form, get_template
 from sqllava.data.images import ImagePreparer
 from sqllava.encoding import encode_prompt
+from sqllava.errors import refused_code
 from sqllava.eval.plan import Costs
 from sqllava.generation.decoding import Decoding
 from sqllava.generation.writer import Writer
@@ -308,21 +312,30 @@ def open_engine(
 def is_transformers_model(path: str) -> bool:
     """Whether a model is transformers' own: its config has the parts of one, and is not ours."""
     config = Path(path, "config.json")
-    if not Path(path).is_dir():
-        return True  # a hub id
-    if not config.is_file():
-        return False
-    values = json.loads(config.read_text(encoding="utf-8"))
+    if Path(path).is_dir():
+        if not config.is_file():
+            return False
+        values = json.loads(config.read_text(encoding="utf-8"))
+    else:
+        try:
+            values = config_dict(path)  # of a hub id
+        except OSError:
+            return True  # whose opening says what is wrong with it
     return values.get("model_type") != "sqllava" and "vision_config" in values
 
 
 def _open_hub_model(path: str, dtype: str, device: str | None) -> tuple[Any, Any]:
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
+    dtype = dtype_name(dtype)
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"  # half precision is slow, or missing, on most CPUs
-    AutoConfig.from_pretrained(path)  # says what is wrong with a path or id
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    processor = AutoProcessor.from_pretrained(path)
+    with refused_code(path):
+        # Says what is wrong with a path or id.
+        AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False
+        )
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return cast(Any, model).to(place).eval(), processor

@@ -5,6 +5,7 @@ What asking, the page and the writer take; it imports nothing heavy, as the comm
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,12 @@ class Decoding:
         for name in ("max_new_tokens", "samples", "num_beams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.temperature is not None and self.temperature <= 0:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"the temperature must be above 0, found {self.temperature}")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top k must be 0 (all) or more, found {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top p must be above 0 and at most 1, found {self.top_p}")
         if self.temperature is None and self.samples > 1:
             raise ValueError(f"{self.samples} samples need a temperature: they would all be equal")
 

@@ -3,6 +3,7 @@
 Servers tokenise a rendered chat as one text. Where the published ids have sentencepiece's dummy
 prefix after an image or an end token, the rendered chat has one more space, which gives the same
 piece: so these texts get the ids of training from the bare tokenizer.
+What training has as targets is marked as generation (`return_assistant_tokens_mask`).
 """
 
 import json
@@ -21,7 +22,9 @@ _READ_MESSAGE = """\
 {%- else -%}
 {%- for block in message['content'] -%}
 {%- if block['type'] == 'text' -%}{%- set ns.text = ns.text + block['text'] -%}
-{%- else -%}{%- set ns.images = ns.images + 1 -%}{%- endif -%}
+{%- elif 'image' in block['type'] -%}{%- set ns.images = ns.images + 1 -%}
+{%- else -%}{{- raise_exception('a message holds text and images, and not: ' + block['type']) -}}
+{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {%- if ns.images -%}{%- set ns.text = ns.text | trim -%}{%- endif -%}
@@ -47,14 +50,21 @@ READ_MESSAGE
 {{- raise_exception('an image may stand only in a user message') -}}
 {%- endif -%}
 {{- tags[message['role']] + ':' -}}
+{%- if message['role'] == 'user' -%}
 {%- if ns.images -%}
 {{- ' ' + ([IMAGE + 'SPACE'] * ns.images) | join('\\n') -}}
 {%- if ns.text -%}{{- '\\n' + ns.text -}}{%- endif -%}
 {%- elif ns.text -%}
 {{- ' ' + ns.text -}}
 {%- endif -%}
-{%- if message['role'] == 'vuser' -%}{{- eos_token + 'SPACE' -}}{%- endif -%}
-{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- else -%}{{- ' ' -}}{%- endif -%}
+{{- ' ' -}}
+{%- else -%}
+{%- generation -%}
+{%- if ns.text -%}{{- ' ' + ns.text -}}{%- endif -%}
+{{- eos_token -}}
+{%- endgeneration -%}
+{%- if message['role'] == 'vuser' -%}{{- 'SPACE' + ' ' -}}{%- endif -%}
+{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- tags['vuser' if ask is defined and ask else 'assistant'] + ':' -}}
@@ -67,7 +77,7 @@ _CAPTION = """\
 {%- for message in messages -%}
 READ_MESSAGE
 {%- if message['role'] == 'user' -%}{{- (IMAGE + 'SPACE') * ns.images -}}
-{%- else -%}{{- ns.text + '\\n' -}}{%- endif -%}
+{%- else -%}{%- generation -%}{{- ns.text + '\\n' -}}{%- endgeneration -%}{%- endif -%}
 {%- endfor -%}
 """
 

@@ -5,11 +5,12 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PretrainedConfig
 
+from sqllava.model.remote import AUTO_MAP, Portable, write_remote_code
 from sqllava.model.tower import tower_end, with_layers
 
 
 @strict
-class SQLlavaConfig(LlavaConfig):
+class SQLlavaConfig(Portable, LlavaConfig):
     """Configuration of an SQ-LLaVA model.
 
     Attributes:
@@ -37,6 +38,12 @@ class SQLlavaConfig(LlavaConfig):
     select_layer: int = -2
     training_facts: dict[str, Any] | None = None
     figures: dict[str, Any] | None = None
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves the configuration as transformers does, with what leads to our classes."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_remote_code(save_directory)
 
     @property
     def image_tokens(self) -> int:

@@ -4,6 +4,7 @@ pixel_values -> vision tower -> projector -> spliced in at `<image>` -> language
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,10 +33,11 @@ from sqllava.model.card import model_card
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.loss import head_loss, with_loss
 from sqllava.model.projector import PrototypeExtractor, build_projector
+from sqllava.model.remote import Portable
 from sqllava.model.tower import tower_end
 
 
-class SQLlavaPreTrainedModel(LlavaPreTrainedModel):
+class SQLlavaPreTrainedModel(Portable, LlavaPreTrainedModel):
     """What the two classes below share with transformers."""
 
     config_class = SQLlavaConfig
@@ -65,9 +67,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
     ) -> None:
         LlavaPreTrainedModel.__init__(self, config)
         if vision_tower is None:
-            vision_tower = AutoModel.from_config(config.vision_config)
+            vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         if language_model is None:
-            language_model = AutoModel.from_config(config.text_config)
+            language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         end = tower_end(config.vision_config)
         if end.last_norm is not None:
             # What is read is the last layer's own output.
@@ -132,8 +134,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
                 another; they see nothing of each other. In place of attention_mask, position_ids.
 
         Raises:
-            ValueError: images and placeholders do not match in number, or the row does not suit
-                the ids or the attention (see `row_arguments`).
+            ValueError: images and placeholders do not match in number, images come beside
+                `inputs_embeds`, which hold theirs already, or the row does not suit the ids or
+                the attention (see `row_arguments`).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -141,6 +144,11 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
             raise ValueError("pass either pixel_values or mm_encoder_outputs")
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
+        if input_ids is None and (pixel_values is not None or image_outputs is not None):
+            raise ValueError(
+                "inputs_embeds hold their images already: give input_ids beside images, or put the "
+                "images' features (get_image_features) into inputs_embeds"
+            )
         blank = None
         # Tower first, then embeddings, with images and without: all ranks need the same order.
         if pixel_values is not None:
@@ -156,6 +164,12 @@ class SQLlavaModel(SQLlavaPreTrainedModel, LlavaModel):
             if image_outputs is not None:
                 image_features = _joined(image_outputs)  # [I * tokens, d]
                 inputs_embeds = _splice(inputs_embeds, at_image, image_features)
+            # Not where one token is decoded: looking at it would hold the GPU up.
+            elif input_ids.shape[1] > 1 and bool(at_image.any()):
+                raise ValueError(
+                    f"the text has {int(at_image.sum())} image placeholders, and no images come "
+                    "with it: beside a cache, too, the images of new text must be given"
+                )
         if blank is not None:
             inputs_embeds = inputs_embeds + 0.0 * blank.sum().to(inputs_embeds)
 
@@ -194,7 +208,8 @@ def _splice(
     if placeholders != len(image_features):
         raise ValueError(
             f"the text has {placeholders} image placeholders, "
-            f"the images have {len(image_features)} features"
+            f"the images have {len(image_features)} features; beside a cache, the images of the "
+            "text that is in it are not given again"
         )
     image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(at_image.unsqueeze(-1), image_features)
@@ -288,6 +303,61 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,  # transformers looks for it by its name
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers', which drops the images of a model that guesses for another one."""
+        inputs = cast(Any, super()).prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, mm_encoder_outputs=mm_encoder_outputs, **kwargs
+        )
+        ids = inputs.get("input_ids")
+        prompt = ids is not None and ids.shape[1] > 1
+        if mm_encoder_outputs and prompt and bool((ids == self.config.image_token_id).any()):
+            inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        return inputs
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with a prompt whose ids all have scores: an image's may lie past them.
+
+        In its place stands the prompt's last id, so that the prompt has the same ids as before.
+        """
+        ids = kwargs.get("encoder_input_ids")
+        if ids is not None and not ids.is_floating_point() and ids.shape[1]:
+            at_image = ids == self.config.image_token_id
+            kwargs["encoder_input_ids"] = torch.where(at_image, ids[:, -1:], ids)
+        return cast(Any, super())._get_logits_processor(*args, **kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers': what guesses the next tokens, for this model to check.
+
+        Raises:
+            ValueError: who is to guess cannot read a prompt with images.
+        """
+        options = kwargs["generation_config"] if "generation_config" in kwargs else args[0]
+        if options.assistant_early_exit is not None:
+            raise ValueError("assistant_early_exit is not possible: no layer but the last predicts")
+        if (assistant := kwargs.get("assistant_model")) is not None:
+            self._check_assistant(assistant)
+        generator = cast(Any, super())._get_candidate_generator(*args, **kwargs)
+        if options.prompt_lookup_num_tokens is not None:
+            image = self.config.image_token_id
+            generator.get_candidates = _looking_behind_images(generator.get_candidates, image)
+        return generator
+
+    def _check_assistant(self, assistant: Any) -> None:
+        """Raises ValueError if a model cannot read what this one reads."""
+        width = self.config.text_config.hidden_size
+        text = assistant.config.get_text_config()
+        if not isinstance(assistant, SQLlavaForConditionalGeneration) or text.hidden_size != width:
+            raise ValueError(
+                f"the assistant model reads this model's image features, of {width} numbers: it "
+                "must be an SQ-LLaVA model of that width; or use prompt_lookup_num_tokens"
+            )
+
     def _loss(
         self,
         hidden: torch.Tensor,
@@ -305,3 +375,15 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
             states, targets = hidden[0, places[labelled]], labels[0, labelled]  # [T, d], [T]
         total = head_loss(self.lm_head, states, targets)
         return total / (items if items is not None else max(len(targets), 1))
+
+
+def _looking_behind_images(look: Callable[..., Any], image: int) -> Callable[..., Any]:
+    """Prompt lookup in what stands behind the last image: no guess may hold a placeholder."""
+
+    def get_candidates(input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        images = (input_ids == image).any(0).nonzero()
+        start = int(images[-1]) + 1 if len(images) else 0
+        found, scores = look(input_ids[:, start:], **kwargs)
+        return torch.cat([input_ids[:, :start], found], 1), scores
+
+    return get_candidates

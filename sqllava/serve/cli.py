@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sqllava.cli import Parser
+from sqllava.serve import REQUEST_SECONDS
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -21,9 +22,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to bind to (default: this machine alone)")
     add("--port", type=int, default=7860)
     add("--examples", type=Path, help="a folder whose first images are offered")
-    add("--folder", type=Path, help="for uploaded images (default: a temporary one)")
+    add("--folder", type=Path, help="where uploads lie, in a folder that goes at the end "
+        "(default: the place for temporary files)")  # fmt: skip
     add("--answer-tokens", type=int, default=512, help="longest description and answer")
     add("--question-tokens", type=int, default=128, help="longest question")
+    add("--seconds", type=float, default=REQUEST_SECONDS,
+        help="longest time for what is asked at once (default: %(default)s)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -32,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     from sqllava.serve.page import serve
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio looks whether it is up with it
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("sqllava.serve").setLevel(logging.INFO)
     try:
         serve(args)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -60,7 +60,7 @@ def random_model(folder: Path) -> tuple[Any, Any]:
         image_size=336, patch_size=14,
     )  # fmt: skip
     LlamaForCausalLM(text).save_pretrained(folder / "lm")
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / "lm")
+    AutoTokenizer.from_pretrained(TOKENIZER, trust_remote_code=False).save_pretrained(folder / "lm")
     CLIPVisionModel(tower).save_pretrained(folder / "tower")
     size = {"height": 336, "width": 336}
     CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size).save_pretrained(

@@ -61,7 +61,7 @@ def random_model(folder: Path) -> Path:
     token stands clear of the next, as in a trained model; near-ties would fall by rounding.
     """
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER, trust_remote_code=False)
     add_image_token(tokenizer)
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
