@@ -23,7 +23,7 @@ use_environment() {
         fi
         source "$REPO/.venv/bin/activate"
     fi
-    # DeepSpeed compiles a small op at its first use on a CPU. Kept with the environment that it
+    # DeepSpeed compiles its Adam for the CPU at its first use. Kept with the environment that it
     # belongs to; a lock that a killed compilation left behind would be waited for without end.
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}
     [ ! -d "$TORCH_EXTENSIONS_DIR" ] || find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +10 -delete
