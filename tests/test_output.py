@@ -389,6 +389,14 @@ def test_a_model_of_others_is_not_written_over(tmp_path, record, name, overwrite
         decide(look(tmp_path), record, None, overwrite)
 
 
+def test_a_converted_model_is_no_result_of_a_run(tmp_path, record):
+    finish(tmp_path, record)
+    (tmp_path / "sqllava_convert.json").write_text("{}")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="not of this run's making"):
+            decide(look(tmp_path), record, None, overwrite)
+
+
 def test_a_record_of_an_older_form_counts_as_that_of_others(tmp_path, record):
     (tmp_path / "adapter_model.safetensors").write_text("weights")
     older = asdict(record)

@@ -155,12 +155,21 @@ def test_a_process_leaves_what_it_dies_of_and_whether_it_ended(tmp_path, monkeyp
     assert {path.name for path in tmp_path.iterdir()} == {"1.begun", "1.done"}
     with pytest.raises(RuntimeError), whole_process():
         raise RuntimeError("a shard is missing")
+    with pytest.raises(ValueError), whole_process():
+        # as torch's loader brings it from a worker
+        raise ValueError(
+            "Caught ValueError\nTraceback (most recent call last)\n  ...\nValueError: bad"
+        )
     with pytest.raises(SystemExit), whole_process():
         raise SystemExit("error: no such file")
     with pytest.raises(Stopped), whole_process():
         raise Stopped(signal.SIGTERM)
     words = [path.read_text() for path in sorted(tmp_path.glob("*-1.word"))]
-    assert words == ["RuntimeError: a shard is missing\n", "error: no such file\n"]
+    assert words == [
+        "RuntimeError: a shard is missing\n",
+        "ValueError: bad\n",
+        "error: no such file\n",
+    ]
 
 
 # --- real runs

@@ -70,10 +70,10 @@ def test_a_full_disk_is_told_at_once(tmp_path, data, unloaded):
 def test_checkpoints_that_will_not_fit_are_told_at_once(tmp_path, data, unloaded):
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 4}
     with (
-        mounted(tmp_path / "disk", "size=600k") as disk,
+        mounted(tmp_path / "disk", "size=200k") as disk,
         pytest.raises(
             SystemExit,
-            match=r"kB are free on its disk, but 5 checkpoints of \d.* kB and a result of .* need",
+            match=r"kB are free on its disk, but 3 checkpoints of \d.* kB and a result of .* need",
         ),
     ):
         run.main(flags(1, data, disk / "out", **saving))

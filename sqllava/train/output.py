@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sqllava.checkpoint.convert import RECORD_FILE as CONVERTED
 from sqllava.model.card import RUN_FILE
 
 # Written into a checkpoint when everything else in it is on disk; without it, it does not count.
@@ -259,9 +260,11 @@ def look(folder: Path) -> Found:
     named = sorted(folder.glob("checkpoint-*"))
     ours = [checkpoint for path in named if (checkpoint := read_checkpoint(path))]
     known = {checkpoint.path for checkpoint in ours}
+    # A converted model has the record of what it was made from, but no run made it.
+    record = None if (folder / CONVERTED).exists() else read_record(folder)
     return Found(
         folder,
-        read_record(folder),
+        record,
         tuple(sorted(ours, key=lambda checkpoint: checkpoint.step)),
         tuple(path for path in named if path not in known),
         tuple(path for path in sorted(folder.glob("*")) if _WEIGHTS.fullmatch(path.name)),

@@ -175,8 +175,16 @@ def whole_process() -> Iterator[None]:
             _note(f"{time.time_ns()}-{rank}.word", error.code)
         raise
     except Exception as error:
-        _note(f"{time.time_ns()}-{rank}.word", f"{type(error).__name__}: {error}")
+        _note(f"{time.time_ns()}-{rank}.word", _essence(error))
         raise
+
+
+def _essence(error: Exception) -> str:
+    """An error in a line or a few; one of a loader's worker brings a traceback and ends with it."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        return text.splitlines()[-1]
+    return f"{type(error).__name__}: {text}"
 
 
 def _note(name: str, text: str = "") -> None:

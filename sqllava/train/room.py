@@ -54,10 +54,9 @@ def check_disk(arguments: Arguments, folder: Path, kept: int) -> None:
         kept: checkpoints that are there and count for --save_total_limit.
     """
     checkpoint, result = sizes(arguments)
-    train = arguments.train
-    saves = train.save_strategy != "no"
+    saves = _saves(arguments.train)
     # A new one is written before the oldest one goes. Without a limit, one at least.
-    count = max((train.save_total_limit or 0) + 1 - kept, 1) if saves else 0
+    count = min(max((arguments.train.save_total_limit or 0) + 1 - kept, 1), saves)
     needed, free = count * checkpoint + result, shutil.disk_usage(folder).free
     if needed > free:
         parts = [f"{count} checkpoints of {told(checkpoint)}"] if count else []
@@ -66,6 +65,17 @@ def check_disk(arguments: Arguments, folder: Path, kept: int) -> None:
             f"{' and '.join([*parts, f'a result of {told(result)}'])} need {told(needed)}; free "
             "some, lower --save_total_limit, or give another --output_dir"
         )
+
+
+def _saves(train: TrainArguments) -> int:
+    """How often a run is sure to save; taken as a few times where that hangs on the data."""
+    if train.save_strategy == "no":
+        return 0
+    if train.save_strategy == "epoch":
+        return math.ceil(train.num_train_epochs) if train.max_steps < 1 else 1
+    if train.save_steps < 1:
+        return math.ceil(1 / train.save_steps)
+    return math.ceil(train.max_steps / train.save_steps) if train.max_steps > 0 else 3
 
 
 def sizes(arguments: Arguments) -> tuple[int, int]:

@@ -219,11 +219,15 @@ def _prepared(arguments: Arguments, record: Record) -> Iterator[Plan]:
                 logger.warning("removing %s", path)
             remove(plan.remove)
             check_disk(arguments, folder, len(look(folder).complete))
-            check_shared_memory(
-                arguments, int(os.environ.get("LOCAL_WORLD_SIZE", train.world_size))
-            )
+            check_shared_memory(arguments, _processes_here(train.world_size))
             write_record(record, folder)
         yield plan
+
+
+def _processes_here(world_size: int) -> int:
+    """Training processes on this machine, as torch's or DeepSpeed's launcher tells it."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(told) if told else world_size
 
 
 def build_model(
