@@ -12,11 +12,18 @@ unset PYTHONDONTWRITEBYTECODE
 use_environment() {
     local extras=$1
     if [ -z "${VIRTUAL_ENV:-}" ]; then
-        # `activate` is the last file that venv writes: without it, a .venv is a broken-off one.
-        [ -e "$REPO/.venv/bin/activate" ] || "${PYTHON:-python3}" -m venv --clear "$REPO/.venv"
+        # `activate` is the last file that venv writes: without it, a .venv is a broken-off one, or
+        # of another making, such as conda's.
+        if [ ! -e "$REPO/.venv/bin/activate" ]; then
+            if [ ! -e "$REPO/.venv/pyvenv.cfg" ] && [ -n "$(ls -A "$REPO/.venv" 2>/dev/null)" ]; then
+                echo "error: $REPO/.venv is no virtual environment: activate the one to use, or move it" >&2
+                return 1
+            fi
+            "${PYTHON:-python3}" -m venv --clear "$REPO/.venv"
+        fi
         source "$REPO/.venv/bin/activate"
     fi
-    # DeepSpeed compiles a small op at its first use on a CPU. Kept with the environment that it
+    # DeepSpeed compiles its Adam for the CPU at its first use. Kept with the environment that it
     # belongs to; a lock that a killed compilation left behind would be waited for without end.
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}
     [ ! -d "$TORCH_EXTENSIONS_DIR" ] || find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +10 -delete

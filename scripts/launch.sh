@@ -6,6 +6,7 @@
 # command on every node, as a scheduler does it.
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$REPO/scripts/processes.sh"
 
 fail() {
     echo "error: $*" >&2
@@ -56,6 +57,32 @@ fit_batch() {
     ((BATCH == wanted)) || echo "(BATCH=$wanted does not divide it; using $BATCH)"
 }
 
+# run_launcher COMMAND...: the training processes end with this script, and what the first of them died
+# of stands last, after all that the others and the launcher say.
+run_launcher() {
+    local status=0 words word begun
+    words=$(mktemp -d)
+    export SQLLAVA_LAST_WORDS=$words SQLLAVA_SCRIPT=$$
+    as_one "$@" || status=$?
+    word=$(find "$words" -name '*.word' | sort | head -n 1)
+    if [ -n "$word" ]; then
+        echo "error: $(sed '1s/^error: //' "$word") (process $(basename "${word##*-}" .word))" >&2
+    elif ((status == 0)); then
+        # DeepSpeed's runner calls it a success when its launcher is killed.
+        for begun in "$words"/*.begun; do
+            if [ -e "$begun" ] && [ ! -e "${begun%.begun}.done" ]; then
+                echo "error: the training processes ended before their end" >&2
+                status=1
+                break
+            fi
+        done
+    elif ((status > 192)); then
+        echo "error: a training process was killed by signal $((256 - status)) (9 comes from the kernel when memory runs out)" >&2
+    fi
+    rm -rf "$words"
+    return "$status"
+}
+
 launch() {
     local config=$1
     shift
@@ -78,21 +105,21 @@ launch() {
     local port=${MASTER_PORT:-$((20000 + RANDOM % 20000))}
     export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
     if [ -n "${HOSTFILE:-}" ]; then
-        exec deepspeed --hostfile "$HOSTFILE" --module sqllava.train "${flags[@]}"
+        run_launcher deepspeed --hostfile "$HOSTFILE" --module sqllava.train "${flags[@]}"
     elif ((${NNODES:-1} > 1)); then
-        exec torchrun --nnodes "$NNODES" --nproc_per_node "$NPROC" \
+        run_launcher torchrun --nnodes "$NNODES" --nproc_per_node "$NPROC" \
             --node_rank "${NODE_RANK:?set NODE_RANK on every node}" \
             --master_addr "${MASTER_ADDR:?set MASTER_ADDR to the first node}" \
             --master_port "${MASTER_PORT:-29500}" -m sqllava.train "${flags[@]}"
     elif ((gpus == 0)); then
-        exec deepspeed --num_gpus 0 --num_accelerators "$NPROC" --master_port "$port" \
+        run_launcher deepspeed --num_gpus 0 --num_accelerators "$NPROC" --master_port "$port" \
             --module sqllava.train "${flags[@]}"
     elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
         # DeepSpeed's launcher takes devices by --include, which must agree with the variable.
-        exec deepspeed --include "localhost:$CUDA_VISIBLE_DEVICES" --master_port "$port" \
+        run_launcher deepspeed --include "localhost:$CUDA_VISIBLE_DEVICES" --master_port "$port" \
             --module sqllava.train "${flags[@]}"
     else
-        exec deepspeed --num_gpus "$NPROC" --master_port "$port" \
+        run_launcher deepspeed --num_gpus "$NPROC" --master_port "$port" \
             --module sqllava.train "${flags[@]}"
     fi
 }

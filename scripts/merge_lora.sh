@@ -10,4 +10,4 @@ if [ $# -lt 2 ]; then
     exit 2
 fi
 command -v sqllava >/dev/null || use_environment train
-sqllava convert "$1" "$2" --to merged "${@:3}"
+exec sqllava convert "$1" "$2" --to merged "${@:3}"

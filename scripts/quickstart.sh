@@ -2,11 +2,13 @@
 # From a fresh clone to a trained model and a report, on two CPU cores in some ten minutes:
 #     bash scripts/quickstart.sh              the miniature world, in checkpoints/shapes
 #     QUICK=1 bash scripts/quickstart.sh      a smoke run of two minutes, in checkpoints/shapes-quick
-# OUTPUT_DIR=FOLDER puts it elsewhere. A step is skipped when its result is there; what it prints goes
-# to the folder's logs/. To start over, remove the folder.
+# OUTPUT_DIR=FOLDER puts it elsewhere: a new or empty folder, or one that this script has made. A step is
+# skipped when its result is there; what it prints goes to the folder's logs/. To start over, remove the
+# folder.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$REPO"
+source scripts/processes.sh
 source demo/shapes/train.sh
 
 folder=checkpoints/shapes
@@ -23,17 +25,17 @@ OUT=${OUTPUT_DIR:-$folder}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # In the order of the steps; each step's result is a folder in $OUT.
 RESULTS=(data stage1 stage2 eval demo report)
+MARK=.quickstart # lies in the folder, and in each result that this script has begun
 skipped_seconds=0 # what steps took that an earlier run has done
 
 main() {
+    trap unfollow EXIT
+    claim_folder
     mkdir -p "$OUT/logs" "$OUT/done"
     drop_stale_results
     header "environment"
     use_environment train,eval
-    # DeepSpeed compiles its shared-memory op at first use; let it do so beside the drawing.
-    compile_op >"$OUT/logs/compile.log" 2>&1 &
     step data "drawing scenes, writing captions, conversations and questions" make_data
-    wait
     step stage1 "stage 1, alignment: 2 processes, ZeRO-2" align
     step stage2 "stage 2, self-questioning: 2 processes, ZeRO-3" finetune
     step eval "evaluation on held-out scenes" evaluate
@@ -44,20 +46,47 @@ main() {
     header "done; open $OUT/report/index.html"
 }
 
+# Nothing is written or removed in a folder that holds what is not ours.
+claim_folder() {
+    local result found
+    if [ ! -e "$OUT/$MARK" ]; then
+        found=$(ls -A "$OUT" 2>/dev/null | head -n 3 | xargs) || true
+        if [ -n "$found" ]; then
+            fail "OUTPUT_DIR=$OUT holds what this script has not made ($found): give a new or empty folder"
+        fi
+        mkdir -p "$OUT"
+        touch "$OUT/$MARK"
+    fi
+    for result in "${RESULTS[@]}"; do
+        if [ -e "$OUT/$result" ] && [ ! -e "$OUT/$result/$MARK" ]; then
+            fail "$OUT/$result is not what this script has made there: move it, or give another OUTPUT_DIR"
+        fi
+    done
+}
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# drop RESULT...: removes results of ours.
+drop() {
+    local result
+    for result in "$@"; do
+        rm -f "$OUT/done/$result"
+        [ ! -e "$OUT/$result/$MARK" ] || rm -rf "${OUT:?}/$result"
+    done
+}
+
 # Results belong to the base models, the world and the values that made them.
 drop_stale_results() {
     local made_from
     made_from=$(cat demo/shapes/base/*/* demo/shapes/{world,make_data}.py demo/shapes/train.sh \
         scripts/{quickstart,launch,pretrain_clu,finetune_lora_clu_sq}.sh | sha256sum)
     if [ "$(cat "$OUT/made_from" 2>/dev/null)" != "$made_from" ]; then
-        rm -rf "${RESULTS[@]/#/$OUT/}" "${RESULTS[@]/#/$OUT/done/}"
+        drop "${RESULTS[@]}"
         echo "$made_from" >"$OUT/made_from"
     fi
-}
-
-compile_op() {
-    DS_ACCELERATOR=cpu python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-ShareMemCommBuilder().load()'
 }
 
 make_data() {
@@ -79,7 +108,6 @@ evaluate() {
 }
 
 run_demo() {
-    mkdir -p "$1"
     local images
     images=("$OUT"/data/eval/images/00000[0-3].jpg)
     python demo/visual_questioning.py --model_path "$OUT/stage2" --n_shot 3 --seed 0 \
@@ -106,9 +134,11 @@ step() {
     fi
     header "$title (log: $OUT/logs/$name.log)"
     for result in "${RESULTS[@]}"; do
-        [ -z "$later" ] || rm -rf "${OUT:?}/$result" "$OUT/done/$result"
+        [ -z "$later" ] || drop "$result"
         [ "$result" != "$name" ] || later=yes
     done
+    mkdir -p "$OUT/$name"
+    touch "$OUT/$name/$MARK"
     follow "$OUT/logs/$name.log"
     # Not within `if`, where bash would not stop at the first failing command.
     set +e
@@ -141,5 +171,4 @@ unfollow() {
 }
 
 follower=
-trap unfollow EXIT
-main "$@"
+as_one main "$@"

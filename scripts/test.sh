@@ -16,4 +16,4 @@ export HF_HUB_OFFLINE=1
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n 2 -m "$selection" "$@"
+exec python -m pytest -n 2 -m "$selection" "$@"

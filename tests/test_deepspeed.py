@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from training import REPO, environment, flags, losses, write_data
 
 from sqllava.checkpoint.load import load_base
 from sqllava.train import run
-from sqllava.train.trainer import COMPLETE, last_complete_checkpoint
+from sqllava.train.output import COMPLETE, last_complete_checkpoint, read_record, write_record
 
 STILL = {"lora_dropout": 0, "lora_dropout_vit": 0}
 
@@ -190,6 +191,8 @@ def test_killed_run_resumes_with_the_losses_of_the_uninterrupted_one(tmp_path, s
     assert not (cut / "adapter_model.safetensors").exists(), "killed too late"
     half = cut / "checkpoint-9"
     shutil.copytree(last_complete_checkpoint(cut), half, dirs_exist_ok=True)
+    record = replace(read_record(half), checkpoint={"step": 9, "resumable": True})
+    write_record(record, half)
     (half / COMPLETE).unlink()
     launch(tmp_path, [words])
     assert not half.exists()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -231,3 +232,111 @@ def test_a_lock_that_a_killed_compilation_left_is_removed_and_a_fresh_one_is_kep
     )
     assert not old.exists()
     assert new.exists()
+
+
+# --- what a script may remove
+
+
+def quickstart(clone, output):
+    """The quickstart with an interpreter that fails: it comes as far as its environment."""
+    variables = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"}
+    return subprocess.run(
+        ["bash", "scripts/quickstart.sh"],
+        env=variables | {"PYTHON": "/bin/false", "OUTPUT_DIR": str(output)},
+        cwd=clone,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The scripts and the demo in a folder of their own."""
+    for name in ("scripts", "demo"):
+        shutil.copytree(REPO / name, tmp_path / "clone" / name)
+    return tmp_path / "clone"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("output", [".", "home", "home/data"])
+def test_the_quickstart_leaves_a_folder_of_others_as_it_was(clone, output):
+    for name in ("data/thesis.txt", "report/r.txt", "done/data", "logs/data.log"):
+        file = clone / "home" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("precious")
+    before = contents(clone)
+    done = quickstart(clone, output)
+    assert done.returncode == 1
+    assert re.search(rf"error: OUTPUT_DIR={output} holds what .* not made", done.stderr)
+    assert contents(clone) == before
+
+
+def test_the_quickstart_removes_its_own_stale_results_and_no_others(clone, tmp_path):
+    output = tmp_path / "out"
+    quickstart(clone, output)
+    for name in ("data", "stage1"):
+        (output / name).mkdir()
+        (output / name / ".quickstart").touch()
+        (output / "done" / name).touch()
+    (output / "made_from").write_text("other sources")
+    (output / "self_qa").mkdir()
+    quickstart(clone, output)
+    assert {path.name for path in output.iterdir()} == {
+        ".quickstart", "done", "logs", "made_from", "self_qa"
+    }  # fmt: skip
+    assert not list((output / "done").iterdir())
+    # A folder of mine where its own would come later.
+    (output / "demo").mkdir()
+    (output / "demo" / "notes.txt").write_text("precious")
+    (output / "made_from").write_text("other sources")
+    done = quickstart(clone, output)
+    assert done.returncode == 1 and f"{output}/demo is not what this script has made" in done.stderr
+    assert (output / "demo" / "notes.txt").read_text() == "precious"
+
+
+def test_an_environment_of_another_making_is_not_cleared(clone):
+    conda = clone / ".venv" / "conda-meta" / "history"
+    conda.parent.mkdir(parents=True)
+    conda.write_text("precious")
+    done = quickstart(clone, clone / "out")
+    assert done.returncode != 0 and ".venv is no virtual environment" in done.stderr
+    assert conda.read_text() == "precious"
+
+
+# --- how a run ends
+
+
+def ending(launchers, *lines):
+    """How stage 1's script ends when its launcher does this."""
+    gpus(launchers, 1)
+    (launchers / "bin" / "deepspeed").write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    done, _ = run_script(launchers, "pretrain_clu.sh")
+    return done
+
+
+def test_the_first_process_to_die_has_the_last_word(launchers):
+    done = ending(
+        launchers,
+        'echo "RuntimeError: Connection closed by peer" >"$SQLLAVA_LAST_WORDS/20-0.word"',
+        'echo "error: captions.json, record 7: no image" >"$SQLLAVA_LAST_WORDS/10-1.word"',
+        'echo "launcher: exits with return code = 1" >&2',
+        "exit 1",
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last == "error: captions.json, record 7: no image (process 1)"
+
+
+def test_a_launcher_that_was_killed_is_no_success(launchers):
+    done = ending(launchers, 'touch "$SQLLAVA_LAST_WORDS/0.begun"', "exit 0")
+    assert done.returncode == 1 and "ended before their end" in done.stderr
+    done = ending(launchers, 'touch "$SQLLAVA_LAST_WORDS/0.begun" "$SQLLAVA_LAST_WORDS/0.done"')
+    assert done.returncode == 0
+
+
+def test_a_process_that_the_kernel_killed_is_named(launchers):
+    done = ending(launchers, "exit 247")
+    assert done.returncode == 247 and "killed by signal 9" in done.stderr.splitlines()[-1]

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -25,13 +26,9 @@ from sqllava.model.adapters import (
 from sqllava.train import run
 from sqllava.train.audit import GradientAudit, GradientAuditError
 from sqllava.train.flops import Costs
+from sqllava.train.output import COMPLETE, last_complete_checkpoint, read_record, write_record
 from sqllava.train.rows import RowSampler
-from sqllava.train.trainer import (
-    COMPLETE,
-    SQLlavaTrainer,
-    TooManyBadSamplesError,
-    last_complete_checkpoint,
-)
+from sqllava.train.trainer import SQLlavaTrainer, TooManyBadSamplesError
 
 LORA = Lora(4, 8)
 
@@ -255,6 +252,8 @@ def test_killed_run_resumes_with_the_losses_of_the_uninterrupted_one(mixed, tmp_
     # A checkpoint that the kill cut short: newer, plausible, but never finished.
     half = tmp_path / "cut" / "checkpoint-9"
     shutil.copytree(checkpoint, half, dirs_exist_ok=True)
+    record = replace(read_record(half), checkpoint={"step": 9, "resumable": True})
+    write_record(record, half)
     (half / COMPLETE).unlink()
     (half / "optimizer.pt").write_bytes(b"half")
     run.main(words)

@@ -9,6 +9,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/env.sh"
 use_environment train,eval
 cd "$REPO"
+source scripts/processes.sh
 source demo/shapes/train.sh
 
 RUN=checkpoints/shapes
@@ -93,4 +94,4 @@ for records in ("people", "own"):
 PYTHON
 }
 
-main
+as_one main

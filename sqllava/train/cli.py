@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 
 from sqllava.train.flags import DataArguments, ModelArguments, RecipeArguments
+from sqllava.train.process import end_with_launcher
 
 HELP = ("-h", "--help")
 HELP_ALL = ("--help_all", "--help-all")
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(word in HELP for word in words):
         help_parser().print_help()
         raise SystemExit(0)
+    end_with_launcher()
     from sqllava.train.run import main as run
 
     run(["--help" if word in HELP_ALL else word for word in words])

@@ -153,7 +153,10 @@ class RecipeArguments:
         default=None, metadata={"help": "Older name of --eval_strategy."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew instead of resuming from --output_dir."}
+        default=False,
+        metadata={
+            "help": "Start anew in --output_dir: this program's checkpoints and result there go."
+        },
     )
     # An opt-in: a batch job must never stop at a login prompt.
     report_to: None | str | list[str] = field(

@@ -1,15 +1,13 @@
 """The training entry: flags -> model, data, trainer -> adapter directory, in ten named steps."""
 
-import atexit
 import contextlib
 import json
 import logging
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +23,7 @@ from sqllava.checkpoint.base import base_record
 from sqllava.checkpoint.load import assemble, quantization
 from sqllava.checkpoint.published import SELECT_FEATURES
 from sqllava.checkpoint.stage1 import read_own_projector, read_stage1
+from sqllava.checkpoint.stamp import stamp_file, stamp_model
 from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset
 from sqllava.data.images import ImagePreparer
@@ -37,7 +36,6 @@ from sqllava.model.adapters import (
     load_adapter_state,
     prepare_training,
 )
-from sqllava.model.card import RUN_FILE
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
@@ -51,6 +49,21 @@ from sqllava.train.audit import GradientAudit
 from sqllava.train.divergence import DivergenceError, FiniteSteps
 from sqllava.train.flops import costs_of
 from sqllava.train.optim import learning_rates
+from sqllava.train.output import (
+    DATA_FLAGS,
+    MODEL_FLAGS,
+    OutputError,
+    Plan,
+    Record,
+    decide,
+    locked,
+    look,
+    remove,
+    resume_choice,
+    write_record,
+)
+from sqllava.train.process import Stopped, whole_process
+from sqllava.train.room import check_disk, check_shared_memory, make_writable
 from sqllava.train.rows import (
     Attentions,
     RowCollator,
@@ -58,11 +71,7 @@ from sqllava.train.rows import (
     image_cost,
     sizes_of,
 )
-from sqllava.train.trainer import (
-    SQLlavaTrainer,
-    last_complete_checkpoint,
-    remove_unfinished_checkpoints,
-)
+from sqllava.train.trainer import SQLlavaTrainer
 
 logger = logging.getLogger("sqllava")
 
@@ -77,60 +86,58 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Runs one stage of training and leaves the process group standing."""
-    with plain_errors():
-        arguments = parse_arguments(argv)
-        set_up(arguments)
-        model, processor = build_model(arguments)
-        record_base(arguments, model.config)
-        dataset = build_dataset(arguments, arguments.data.data_path, processor)
-        check_enough(arguments, dataset)
-        set_seed(arguments.train.seed)  # new LoRA weights: the same however the model was loaded
-        trained = prepare_training(model, arguments.training)
-        start_from_stage1(arguments, trained)
-    if zero_stage(arguments.train) == 3:
-        gather_by_layer(trained)
-    audit = GradientAudit(trained, learning_rates(arguments.train), arguments.training)
-    logger.info("what trains:\n%s", audit.table())
-    trainer = build_trainer(arguments, trained, processor, dataset, audit)
-    try:
-        trainer.train(resume_from_checkpoint=find_checkpoint(arguments))
-        save_result(arguments, trainer)
-    except DivergenceError as error:
-        raise SystemExit(f"error: {error}") from None
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(word.startswith("--deepspeed") for word in words):
+        without_shared_buffers()
+    with contextlib.ExitStack() as held:
+        with plain_errors():
+            arguments = parse_arguments(words)
+            set_up(arguments)
+            output = held.enter_context(opened_output(arguments))
+            if output.plan.kind == "finished":
+                return
+            model, processor = build_model(arguments)
+            record = record_base(arguments, output.record, model.config)
+            dataset = build_dataset(arguments, arguments.data.data_path, processor)
+            check_enough(arguments, dataset)
+            # new LoRA weights: the same however the model was loaded
+            set_seed(arguments.train.seed)
+            trained = prepare_training(model, arguments.training)
+            start_from_stage1(arguments, trained)
+        if zero_stage(arguments.train) == 3:
+            gather_by_layer(trained)
+        audit = GradientAudit(trained, learning_rates(arguments.train), arguments.training)
+        logger.info("what trains:\n%s", audit.table())
+        trainer = build_trainer(arguments, trained, processor, dataset, audit)
+        trainer.record = record
+        with plain_errors((DivergenceError, OutputError)):
+            run_training(trainer, output.plan)
+            save_result(arguments, trainer, record)
 
 
 @contextlib.contextmanager
-def whole_process() -> Iterator[None]:
-    """Ends a process of several that has done its work without finalizing Python.
-
-    DeepSpeed's hooks keep the process group for good, and its gloo threads may still hold tensors:
-    what they let go of while Python ends aborts the process, and the launcher reports a failure.
-    """
-    done = False
-
-    def leave() -> None:
-        if done:
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-
-    if "LOCAL_RANK" in os.environ:
-        atexit.register(leave)  # the first to register is the last to run: after wandb's, say
-    yield
-    done = True
-
-
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
+def plain_errors(
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> Iterator[None]:
     """Turns what the user can mend into one message without a traceback, which --log_level debug
     brings back."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         if "debug" in sys.argv:
             raise
         raise SystemExit(f"error: {error}") from None
+
+
+def without_shared_buffers() -> None:
+    """Keeps DeepSpeed from laying 66 MB a process into /dev/shm on a CPU.
+
+    These buffers serve tensor-parallel inference alone; DeepSpeed never removes them, and a small
+    /dev/shm kills it. To be called before the flags are parsed, which starts the process group.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def set_up(arguments: Arguments) -> None:
@@ -147,16 +154,6 @@ def set_up(arguments: Arguments) -> None:
         enable_full_determinism(train.seed)
     else:
         set_seed(train.seed)
-    output_dir = Path(cast(str, train.output_dir))
-    if is_first_rank():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if train.overwrite_output_dir:
-            for checkpoint in output_dir.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-        remove_unfinished_checkpoints(output_dir)
-        write_run_file(arguments, output_dir)
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def set_up_logging() -> None:
@@ -169,6 +166,69 @@ def set_up_logging() -> None:
         level=logging.WARNING,
     )
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A run's output folder, opened: what to do with it, and, on the first rank, its record."""
+
+    plan: Plan
+    record: Record | None
+
+
+@contextlib.contextmanager
+def opened_output(arguments: Arguments) -> Iterator[Output]:
+    """Checks, locks and clears the output folder on the first rank; all ranks learn the outcome.
+
+    Raises:
+        OutputError: it cannot be used as the flags ask for; the other ranks just end.
+    """
+    with contextlib.ExitStack() as held:
+        outcome: list[Plan | None] = [None]
+        record, fault = None, None
+        if is_first_rank():
+            try:
+                record = make_record(arguments)
+                outcome = [held.enter_context(_prepared(arguments, record))]
+            except (ValueError, OSError) as error:
+                fault = error
+        if dist.is_initialized():
+            dist.broadcast_object_list(outcome)
+        if outcome[0] is None:
+            raise fault or SystemExit(1)
+        yield Output(outcome[0], record)
+
+
+@contextlib.contextmanager
+def _prepared(arguments: Arguments, record: Record) -> Iterator[Plan]:
+    train = arguments.train
+    folder = Path(cast(str, train.output_dir))
+    make_writable(folder)
+    with locked(folder) as has_locks:
+        if not has_locks:
+            logger.warning("%s: no locks there; a second run in it would not be noticed", folder)
+        found = look(folder)
+        choice = resume_choice(train.resume_from_checkpoint)
+        plan = decide(found, record, choice, train.overwrite_output_dir)
+        if plan.note:
+            logger.info("%s", plan.note)
+        if plan.kind != "finished":
+            if found.strangers:
+                names = ", ".join(path.name for path in found.strangers)
+                logger.warning("%s: not of this program's making, left alone: %s", folder, names)
+            for path in plan.remove:
+                logger.warning("removing %s", path)
+            remove(plan.remove)
+            check_disk(arguments, folder, len(look(folder).complete))
+            check_shared_memory(arguments, _processes_here(train.world_size))
+            write_record(record, folder)
+        yield plan
+
+
+def _processes_here(world_size: int) -> int:
+    """Training processes on this machine, as torch's or DeepSpeed's launcher tells it."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(told) if told else world_size
 
 
 def build_model(
@@ -379,50 +439,67 @@ def build_trainer(
     )
 
 
-def find_checkpoint(arguments: Arguments) -> str | None:
-    """Where to go on: --resume_from_checkpoint, or the last whole checkpoint of the output."""
-    given = arguments.train.resume_from_checkpoint
-    if given:
-        return given
-    checkpoint = last_complete_checkpoint(Path(cast(str, arguments.train.output_dir)))
-    if checkpoint is not None:
-        logger.info("resuming from %s", checkpoint)
-    return str(checkpoint) if checkpoint else None
+def run_training(trainer: SQLlavaTrainer, plan: Plan) -> None:
+    """Trains from the beginning or from a checkpoint.
+
+    Raises:
+        Stopped: a signal came; what was done is in a checkpoint.
+    """
+    with trainer.stop.request.listening():
+        trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
+    step = trainer.state.global_step
+    if trainer.stop.agreed and step < trainer.state.max_steps:
+        logger.info("stopped; checkpoint-%d holds what was done", step)
+        raise Stopped(trainer.stop.agreed)
 
 
-def save_result(arguments: Arguments, trainer: SQLlavaTrainer) -> None:
-    """The final adapter directory, and the log of the run."""
-    trainer.save_state()
-    trainer.save_model()
+def save_result(arguments: Arguments, trainer: SQLlavaTrainer, record: Record | None) -> None:
+    """The final adapter directory, the log of the run, and, last, the record that it is done."""
+    folder = Path(cast(str, arguments.train.output_dir))
+    with trainer.saving("the result", folder):
+        trainer.save_state()
+        trainer.save_model()
+        if record:
+            write_record(replace(record, finished=trainer.state.global_step), folder)
     logger.info("saved %s", arguments.train.output_dir)
 
 
-def write_run_file(arguments: Arguments, output_dir: Path) -> None:
-    """sqllava_run.json: everything that made this result."""
+def make_record(arguments: Arguments) -> Record:
+    """Everything that makes this run's result."""
+    model, data, train = arguments.model, arguments.data, arguments.train
     packages = ("sqllava", "torch", "transformers", "peft", "deepspeed", "accelerate")
-    run = {
-        "stage": 1 if arguments.model.tune_mm_mlp_adapter else 2,
-        "model": asdict(arguments.model),
-        "data": asdict(arguments.data),
-        "training": arguments.train.to_sanitized_dict(),
-        "zero_stage": zero_stage(arguments.train),
+    files = {name: getattr(data, name) for name in DATA_FLAGS}
+    models = {name: getattr(model, name) for name in MODEL_FLAGS}
+    given = {
+        "stage": 1 if model.tune_mm_mlp_adapter else 2,
+        "model": asdict(model),
+        "data": asdict(data),
+        "training": train.to_sanitized_dict(),
+        "sq_r": arguments.sq_r,
+        "zero_stage": zero_stage(train),
+        "deepspeed": _deepspeed_config(train.deepspeed),
+        "world_size": train.world_size,
+        "inputs": {name: stamp_file(Path(path)) if path else None for name, path in files.items()}
+        | {name: stamp_model(path) if path else None for name, path in models.items()},
         "packages": {name: _version(name) for name in packages}
         | {"python": platform.python_version()},
     }
-    _write_whole(output_dir / RUN_FILE, run)
+    return Record(**json.loads(json.dumps(given, default=str)))
 
 
-def record_base(arguments: Arguments, config: SQLlavaConfig) -> None:
-    """Adds to sqllava_run.json which base and tower this is, so that no other passes for it."""
-    if is_first_rank():
-        file = Path(cast(str, arguments.train.output_dir)) / RUN_FILE
-        _write_whole(file, json.loads(file.read_text()) | {"base": base_record(config)})
+def _deepspeed_config(given: dict | str | None) -> dict[str, Any] | None:
+    return json.loads(Path(given).read_text()) if isinstance(given, str) else given
 
 
-def _write_whole(file: Path, run: dict[str, Any]) -> None:
-    unfinished = file.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(run, indent=1, default=str) + "\n")
-    unfinished.replace(file)
+def record_base(
+    arguments: Arguments, record: Record | None, config: SQLlavaConfig
+) -> Record | None:
+    """Adds to the record which base and tower this is, so that no other passes for it."""
+    if record is None:
+        return None
+    record = replace(record, base=base_record(config))
+    write_record(record, Path(cast(str, arguments.train.output_dir)))
+    return record
 
 
 def _version(package: str) -> str | None:

@@ -1,10 +1,13 @@
 """transformers' Trainer with our sampler, learning rates, statistics and checkpoints."""
 
+import contextlib
 import logging
 import math
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +24,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from sqllava.checkpoint.weights import has_weights
 from sqllava.data.dataset import InstructionDataset
@@ -32,12 +35,24 @@ from sqllava.train.audit import GradientAudit
 from sqllava.train.divergence import DivergenceError, FiniteSteps, check_weights
 from sqllava.train.flops import Costs, Work, peak_flops
 from sqllava.train.optim import build_param_groups
+from sqllava.train.output import (
+    OutputError,
+    Record,
+    begin_checkpoint,
+    end_checkpoint,
+    in_the_way,
+    last_complete_checkpoint,
+    look,
+    outdated,
+    remove,
+    taken,
+)
+from sqllava.train.process import StopRequest, leave_signals_to_parent
+from sqllava.train.room import told
 from sqllava.train.rows import RowSampler, Sizes
 
 logger = logging.getLogger(__name__)
 
-# Written into a checkpoint when everything else in it is on disk; without it, it does not count.
-COMPLETE = "complete"
 # By the collators. Tokens are those of the records; computed are those that the model runs, padding
 # included, pairs those of which one sees the other, and images those that the tower runs, each once
 # where records share it.
@@ -57,6 +72,34 @@ class TooManyBadSamplesError(RuntimeError):
     """More records were skipped or replaced than --max_bad_samples allows."""
 
 
+class Stop(TrainerCallback):
+    """Ends a run after a step, with a checkpoint, when any rank was asked to stop.
+
+    Attributes:
+        request: what this rank was asked.
+        agreed: the signal, once all ranks know; 0 until then.
+    """
+
+    def __init__(self) -> None:
+        self.request = StopRequest()
+        self.agreed = 0
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        by = torch.tensor(self.request.by)
+        if args.world_size > 1:
+            by = by.to(args.device)
+            dist.all_reduce(by, op=dist.ReduceOp.MAX)
+        self.agreed = int(by)
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
+
+
 class SQLlavaTrainer(Trainer):
     """Trains SQ-LLaVA.
 
@@ -67,10 +110,14 @@ class SQLlavaTrainer(Trainer):
         sizes: of the training records, to deal them out as rows, which the collator must make;
             None for rectangles.
         costs: what a step computes, for the log of the first rank.
+
+    Attributes:
+        record: on the first rank, what makes this run; each checkpoint holds it.
     """
 
     args: TrainArguments
     train_dataset: InstructionDataset
+    record: Record | None = None
 
     def __init__(
         self,
@@ -82,7 +129,8 @@ class SQLlavaTrainer(Trainer):
         costs: Costs | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(callbacks=[audit], **kwargs)
+        self.stop = Stop()
+        super().__init__(callbacks=[audit, self.stop], **kwargs)
         self.audit = audit
         self.finite = finite
         self.sizes = sizes
@@ -94,6 +142,7 @@ class SQLlavaTrainer(Trainer):
         self.bad_samples = 0
         self._bad: dict[int, str] = {}  # seen by this rank since the last log line
         self._named: set[int] = set()
+        self._saved_step: int | None = None
         self._last_log = time.monotonic()
 
     def get_train_dataloader(self) -> DataLoader:
@@ -118,6 +167,7 @@ class SQLlavaTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(_begin_worker, None),
         )
         return cast(DataLoader, self.accelerator.prepare(loader))
 
@@ -134,6 +184,12 @@ class SQLlavaTrainer(Trainer):
             group_by_modality=args.group_by_modality_length,
         )
         return self._order
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's holds the one that runs
+        inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
+        return loader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or --optim) over `build_param_groups`."""
@@ -275,21 +331,73 @@ class SQLlavaTrainer(Trainer):
             save_adapter(self.model, state or {}, folder)
             cast(Any, self.processing_class).save_pretrained(folder)
 
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """Also looks who is in the way, and keeps the flags' steps, not the checkpoint's."""
+        if self.record:
+            others = in_the_way(look(Path(cast(str, self.args.output_dir))).strangers, max_steps)
+            if others:
+                raise OutputError(taken(others))
+        trained = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return trained
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step, folder = self.state.global_step, Path(cast(str, self.args.output_dir))
+        path = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if step == self._saved_step:  # at the end of a step, and again at that of the epoch
+            return
+        with self.saving(path.name, folder):
+            if self.record:
+                begin_checkpoint(path, step, self.record, not self.args.save_only_model)
+            self._wait()
+            with self._without_limit() as limit:
+                super()._save_checkpoint(model, trial)
+            self._wait()
+            self._saved_step = step
+            if self.record:
+                end_checkpoint(path)
+                # Only now may older ones go: a kill in between must find one that is whole.
+                best = self.state.best_model_checkpoint
+                remove(outdated(look(folder).complete, limit, best))
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        with self._without_limit():
+            return super()._finalize_training(*args)
+
+    @contextlib.contextmanager
+    def _without_limit(self) -> Iterator[int | None]:
+        """Keeps transformers from removing whatever is named like a checkpoint."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            yield limit
         finally:
             self.args.save_total_limit = limit
+
+    def _wait(self) -> None:
         if self.args.world_size > 1:
             dist.barrier()
-        if self.args.should_save:
-            folder = Path(cast(str, self.args.output_dir))
-            (folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / COMPLETE).touch()
-            # Only now may older ones go: a kill in between must find one that is whole.
-            rotate_checkpoints(
-                str(folder), limit, best_model_checkpoint=self.state.best_model_checkpoint
+
+    @contextlib.contextmanager
+    def saving(self, what: str, folder: Path) -> Iterator[None]:
+        """Says in a sentence that something could not be saved, and what is left."""
+        try:
+            yield
+        except OutputError:
+            raise
+        except Exception as error:
+            free = shutil.disk_usage(folder).free
+            if not _is_of_the_disk(error, free):
+                raise
+            last = last_complete_checkpoint(folder)
+            left = (
+                f"{last} is whole: the same command goes on from there"
+                if last
+                else ("there is no whole checkpoint")
             )
+            raise OutputError(
+                f"{folder}: {what} could not be saved ({_first_line(error)}); {told(free)} are "
+                f"free on its disk; {left}"
+            ) from error
 
 
 class _EpochOrder(TrainerCallback):
@@ -314,19 +422,17 @@ class _EpochOrder(TrainerCallback):
             self.trainer._order.set_epoch(int(state.epoch or 0))
 
 
-def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, if there is one."""
-    complete = [path.parent for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
-    return max(complete, key=_step, default=None)
+def _begin_worker(given: Callable[[int], None] | None, worker: int) -> None:
+    leave_signals_to_parent()
+    if given:
+        given(worker)
 
 
-def remove_unfinished_checkpoints(output_dir: Path) -> None:
-    """Deletes checkpoints that a kill cut short."""
-    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if folder.is_dir() and not (folder / COMPLETE).exists():
-            logger.warning("removing %s: it was never finished", folder)
-            shutil.rmtree(folder)
+def _is_of_the_disk(error: Exception, free: int) -> bool:
+    """Whether an error while saving is the disk's; torch and safetensors raise their own kinds."""
+    signs = ("PytorchStreamWriter", "file write failed", "os error", "enforce fail")
+    return isinstance(error, OSError) or free < 1 << 20 or any(s in str(error) for s in signs)
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
