@@ -167,6 +167,7 @@ class SQLlavaTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
             worker_init_fn=partial(_begin_worker, None),
         )
         return cast(DataLoader, self.accelerator.prepare(loader))
