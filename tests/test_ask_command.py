@@ -15,7 +15,7 @@ from training import environment
 from sqllava import SelfQuestioner, load
 from sqllava.ask.cli import main, parse_arguments
 from sqllava.ask.transcript import Transcript, named_images, open_picture
-from sqllava.data.images import ImageError
+from sqllava.pixels import ImageError
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset, Sample, SampleKey
-from sqllava.data.images import ImagePreparer
 from sqllava.data.index import open_index
 from sqllava.data.records import RecordError
 from sqllava.encoding import IGNORE_INDEX, encode_record, image_token_id
+from sqllava.pixels import ImagePreparer
 
 IMAGE_TOKENS = 4
 
@@ -267,9 +267,12 @@ def test_a_batch_is_padded_on_the_right():
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [3.0, 2.0, 2.0]
     assert batch["sample_stats"] == {
         "tokens": 10,
+        "computed": 15,
         "padding": 5,
+        "pairs": 6 + 15 + 3,
         "supervised": 7,
         "images": 3,
+        "images_of_records": 3,
         "dropped_turns": 4,
         "skipped": [],
         "indices": [3, 5, 2],

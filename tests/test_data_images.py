@@ -15,16 +15,8 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from sqllava.data.images import (
-    MAX_PIXELS,
-    MAX_SIDE,
-    ImageError,
-    ImagePreparer,
-    load_image,
-    read_image,
-    resolve_image,
-    to_rgb,
-)
+from sqllava.data.images import load_image, read_image, resolve_image
+from sqllava.pixels import MAX_PIXELS, MAX_SIDE, ImageError, ImagePreparer, to_rgb
 
 
 def colours(size=(8, 6)) -> Image.Image:
@@ -320,7 +312,7 @@ def test_strips_prepared_in_bands_have_the_published_pixels(
     processor = LlavaImageProcessorPil(**clip_settings(edge), do_pad=True, resample=resample)
     expected = processor(image, return_tensors="pt")["pixel_values"][0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sqllava.data.images.MAX_PIXELS", long * short)  # in several bands
+        patch.setattr("sqllava.pixels.MAX_PIXELS", long * short)  # in several bands
         preparer = ImagePreparer(processor)
         assert preparer.is_large(image) == (long != short)
         assert torch.equal(preparer(image), expected)
@@ -338,7 +330,7 @@ def test_a_long_strip_takes_little_memory(size, monkeypatch):
 
     preparer = ImagePreparer(LlavaImageProcessorPil(**clip_settings(336), do_pad=True))
     strip = Image.new("RGB", size, (255, 0, 0))
-    monkeypatch.setattr("sqllava.data.images.Image.new", counted)
+    monkeypatch.setattr("sqllava.pixels.Image.new", counted)
     pixels = np.asarray(preparer.view(strip))
     assert largest < MAX_PIXELS / 3
     middle, edge = pixels[168, 168].tolist(), pixels[0, 0].tolist()

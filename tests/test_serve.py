@@ -19,8 +19,8 @@ from training import environment
 
 from sqllava import SelfQuestioner, load
 from sqllava.conversation import Turn
-from sqllava.data.images import ImageError
 from sqllava.generation.decoding import Decoding
+from sqllava.pixels import ImageError
 from sqllava.serve.cli import main
 from sqllava.serve.page import MOST_PIXELS, Page, StoppedError, Talk, as_html, build
 

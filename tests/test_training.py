@@ -209,6 +209,7 @@ def test_a_run_of_several_ranks_resumes_in_the_order_of_its_epoch(mixed, tmp_pat
     told.clear()
     monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.set_epoch", lambda *_: None)
     shutil.rmtree(tmp_path / "checkpoint-14", ignore_errors=True)
+    write_record(replace(read_record(tmp_path), finished=None), tmp_path)
     run.main(flags(2, mixed, tmp_path, **common))
     assert told == [1]
 

@@ -28,9 +28,9 @@ import sqllava
 from sqllava.checkpoint.convert import Options, convert
 from sqllava.checkpoint.load import load
 from sqllava.conversation import TEMPLATES, Turn
-from sqllava.data.images import ImagePreparer, to_rgb
 from sqllava.encoding import encode_prompt, encode_record, encode_turns
 from sqllava.model.chat import chat_template
+from sqllava.pixels import ImagePreparer, to_rgb
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,11 @@ from sqllava.ask import DESCRIBE_EVERY
 from sqllava.ask.questioner import SelfQuestioner, describing, seeded
 from sqllava.checkpoint.load import load
 from sqllava.conversation import DESCRIBE_QUESTION, IMAGE, Turn, question_key
-from sqllava.data.images import ImageError, load_image, resolve_image
+from sqllava.data.images import load_image, resolve_image
 from sqllava.data.records import RecordError, describe, image_names, iter_records
 from sqllava.generation.decoding import Decoding
 from sqllava.generation.writer import EncodedImage, Written
+from sqllava.pixels import ImageError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _ROLE_TAG = re.compile(r"\b(USER|ASSISTANT|VUSER):")

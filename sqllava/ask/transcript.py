@@ -23,9 +23,10 @@ import sqllava
 from sqllava.ask import data_engine
 from sqllava.ask.questioner import SelfQuestioner, describing
 from sqllava.conversation import Turn
-from sqllava.data.images import ImageError, load_image
+from sqllava.data.images import load_image
 from sqllava.generation.decoding import Decoding
 from sqllava.generation.writer import Stream
+from sqllava.pixels import ImageError
 
 MAX_DOWNLOAD = 50_000_000
 _DOWNLOAD_SECONDS = 30

@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from sqllava.conversation import TEMPLATES, check_share, turns_from_record
 from sqllava.data import histogram
-from sqllava.data.images import ImageError, read_image, resolve_image
+from sqllava.data.images import read_image, resolve_image
 from sqllava.data.records import RecordError, check_record, file_kind, image_names, iter_with_text
 from sqllava.data.sources import image_folders
 from sqllava.data.unpack import IMAGE_SUFFIXES
 from sqllava.data.view import View, open_view
 from sqllava.encoding import encode_record
+from sqllava.pixels import ImageError
 
 # Read, examined in parallel, and written before the next ones are read: memory stays flat.
 _BATCH = 2048

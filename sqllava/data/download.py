@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from sqllava.data.fetch import DownloadError, Expected, Patience, fetch
 from sqllava.data.formats import read_text
-from sqllava.data.images import check_size
 from sqllava.data.sources import GROUPS, SAM_SHARDS, SOURCES, Part, Source, choose
 from sqllava.data.unpack import DamagedError, UnpackError, unpack
+from sqllava.pixels import check_size
 
 logger = logging.getLogger(__name__)
 

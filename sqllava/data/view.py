@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqllava.conversation import Template
-from sqllava.data.images import ImagePreparer
 from sqllava.data.lengths import Measure
 from sqllava.encoding import add_image_token
+from sqllava.pixels import ImagePreparer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

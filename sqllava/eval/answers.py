@@ -27,11 +27,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sqllava.data.images import ImageError, load_image, resolve_image
+from sqllava.data.images import load_image, resolve_image
 from sqllava.eval.engine import Engine, Prompter, decoding_settings
 from sqllava.eval.plan import Batch, picture_key, plan
 from sqllava.eval.records import Question, Row, answer_row, line, read_json, write_json, write_text
 from sqllava.generation.decoding import Decoding
+from sqllava.pixels import ImageError
 
 logger = logging.getLogger(__name__)
 

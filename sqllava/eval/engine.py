@@ -21,13 +21,13 @@ from sqllava.checkpoint.load import load
 from sqllava.checkpoint.parts import config_dict
 from sqllava.checkpoint.place import choose_device
 from sqllava.conversation import IMAGE, Turn, form, get_template
-from sqllava.data.images import ImagePreparer
 from sqllava.encoding import encode_prompt
 from sqllava.errors import refused_code
 from sqllava.eval.plan import Costs
 from sqllava.generation.decoding import Decoding
 from sqllava.generation.writer import Writer
 from sqllava.model.processor import SQLlavaProcessor
+from sqllava.pixels import ImagePreparer
 
 logger = logging.getLogger(__name__)
 

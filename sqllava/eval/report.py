@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqllava.data.images import ImageError, load_image, resolve_image
+from sqllava.data.images import load_image, resolve_image
 from sqllava.eval.records import Row, read_json, read_jsonl, to_json, write_json, write_text
 from sqllava.eval.score import headline
 from sqllava.eval.tasks import TASKS
 from sqllava.eval.tasks.published import PUBLISHED
 from sqllava.eval.tasks.task import Task
+from sqllava.pixels import ImageError
 
 logger = logging.getLogger(__name__)
 

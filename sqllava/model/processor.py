@@ -11,11 +11,11 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from sqllava.conversation import IMAGE, Turn, get_template
-from sqllava.data.images import ImagePreparer, to_rgb
 from sqllava.encoding import add_image_token, encode_prompt, encode_text
 from sqllava.model.chat import chat_template as make_chat_template
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.remote import AUTO_MAP, Portable, write_remote_code
+from sqllava.pixels import ImagePreparer, to_rgb
 
 ASPECT_RATIOS = ("pad", "crop")
 

@@ -29,9 +29,10 @@ import sqllava
 from sqllava.ask.data_engine import SUFFIXES
 from sqllava.ask.questioner import SelfQuestioner, describing
 from sqllava.conversation import Turn
-from sqllava.data.images import ImageError, load_image
+from sqllava.data.images import load_image
 from sqllava.generation.decoding import Decoding
 from sqllava.generation.writer import EncodedImage, Stream
+from sqllava.pixels import ImageError
 from sqllava.serve import REQUEST_SECONDS
 
 MOST_QUESTIONS = 8

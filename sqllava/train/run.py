@@ -26,7 +26,6 @@ from sqllava.checkpoint.stage1 import read_own_projector, read_stage1
 from sqllava.checkpoint.stamp import stamp_file, stamp_model
 from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset
-from sqllava.data.images import ImagePreparer
 from sqllava.data.index import open_index
 from sqllava.encoding import image_token_id
 from sqllava.model.adapters import (
@@ -39,6 +38,7 @@ from sqllava.model.adapters import (
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.model.processor import SQLlavaProcessor
+from sqllava.pixels import ImagePreparer
 from sqllava.train.arguments import (
     Arguments,
     parse_arguments,

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from sqllava.data.images import ImagePreparer, load_image
+from sqllava.data.images import load_image
+from sqllava.pixels import ImagePreparer
 
 LIMITS = {"images_per_second": 1.3}
 METHOD = (
