@@ -9,8 +9,9 @@ from sqllava.eval.records import (
     Metrics,
     Row,
     by_question_id,
+    check_answered,
     join,
-    read_json,
+    read_record,
     text_of,
     write_jsonl,
     write_text,
@@ -39,7 +40,7 @@ def judge(inputs: Inputs) -> list[Row]:
     --consistency it is given only where all of them are there.
     """
     path = file_in(inputs.annotations, QUESTIONS)
-    questions = read_json(path)
+    questions = _checked(path)
     balanced = [name for name, question in questions.items() if question["isBalanced"]]
     known = [row for row in inputs.answers if by_question_id(row) in questions]
     strange = [row for row in inputs.answers if by_question_id(row) not in questions]
@@ -52,7 +53,7 @@ def judge(inputs: Inputs) -> list[Row]:
     items = gqa_items(
         questions,
         predictions,
-        _choices(path.parent),
+        _choices(path.parent, balanced),
         _looks_at_entailed(questions, predictions, bool(inputs.options.get("consistency"))),
     )
     for item in items:
@@ -61,10 +62,35 @@ def judge(inputs: Inputs) -> list[Row]:
     return items
 
 
-def _choices(folder: Path) -> Any:
+def _checked(path: Path) -> dict[str, Row]:
+    """The questions by id, with all that the official figures look at."""
+    entries = read_record(path).named()
+    check_answered(path, list(entries.values()), "answer")
+    for entry in entries.values():
+        entry.text("answer")
+        entry.text("question")
+        entry.flag("isBalanced")
+        entry.optional_text("imageId")
+        entry.record("types").text("structural")
+        entry.record("types").text("semantic")
+        entry.record("types").optional_text("detailed")
+        entry.record("groups").optional_text("global")
+        for step in entry.records("semantic"):
+            step.text("operation")
+            step.text("argument")
+        if "entailed" in entry.row:
+            entry.texts("entailed")
+    return {name: entry.row for name, entry in entries.items()}
+
+
+def _choices(folder: Path, asked: Sequence[str]) -> dict[str, Row] | None:
     for name in CHOICES:
         if (folder / name).is_file():
-            return read_json(folder / name)
+            choices = read_record(folder / name)
+            for question in asked:
+                choices.record(question).texts("valid")
+                choices.record(question).texts("plausible")
+            return choices.row
     return None
 
 
@@ -100,11 +126,11 @@ def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:
     rows = [
         {
             "question_id": name,
-            "image": f"{question['imageId']}.jpg",
-            "text": question["question"] + SHORT_ANSWER,
+            "image": f"{question.id('imageId')}.jpg",
+            "text": question.text("question") + SHORT_ANSWER,
             "category": "default",
         }
-        for name, question in read_json(file_in(source, QUESTIONS)).items()
+        for name, question in read_record(file_in(source, QUESTIONS)).named().items()
     ]
     write_jsonl(out, rows)
     return len(rows)
