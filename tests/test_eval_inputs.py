@@ -330,6 +330,61 @@ def test_scienceqas_problems_are_checked(root, tmp_path):
     assert "problems.json, 77: answer must be the index of one of 2 choices" in told(*words)
 
 
+# --- POPE -----------------------------------------------------------------------------------------
+
+
+def pope_lists(folder, root, change):
+    for path in (root / "pope/coco").iterdir():
+        lines(folder / path.name, [change(row) for row in read(path)])
+    return folder
+
+
+def without(row, name):
+    return {key: value for key, value in row.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: {**row, "label": row["label"].capitalize()},
+        lambda row: {**row, "label": f" {row['label'].upper()}\n"},
+        lambda row: {**without(row, "label"), "answer": row["label"]},
+        lambda row: {**row, "question_id": str(row["question_id"])},
+        lambda row: {**row, "question_id": float(row["question_id"]), "source": [1]},
+    ],
+)
+def test_pope_labels_of_other_toolkits_give_the_same_figures(change, root, tmp_path):
+    task = get_task("pope")
+    questions = root / "pope/llava_pope_test.jsonl"
+    answers = write_answers(tmp_path / "a.jsonl", task, questions, ["No", "Yes"])
+    labels = pope_lists(tmp_path / "coco", root, change)
+    for asked in (None, questions):
+        found = score(task, answers, labels, asked).metrics
+        assert [found[split]["f1"] for split in ("adversarial", "popular", "random")] == [1.0] * 3
+        assert found["random"]["accuracy"] == 1.0 and found["f1_mean"] == 1.0
+    cli.main(["prepare", "pope", str(labels), "--out", str(tmp_path / "q.jsonl")])
+    key = {"key": lambda row: row["question_id"]}
+    assert sorted(read(tmp_path / "q.jsonl"), **key) == sorted(read(questions), **key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: {**row, "label": "maybe"}, "record 1: label must be yes or no, found"),
+        (lambda row: {**row, "label": True}, "label must be a text, found true"),
+        (lambda row: without(row, "label"), "record 1: no 'label' (a text), found [question_id"),
+        (lambda row: {**without(row, "text"), "question": "?"}, "no 'text' (a text)"),
+        (lambda row: {**row, "question_id": f"q{row['question_id']}"}, "must be a whole number"),
+        (lambda row: {**row, "question_id": 1}, "question_id 1 is there twice"),
+    ],
+)  # fmt: skip
+def test_pope_labels_that_are_none_are_told(change, message, root, tmp_path):
+    answers = lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": "Yes"}])
+    labels = pope_lists(tmp_path / "coco", root, change)
+    found = told("score", "pope", "--answers", answers, "--annotations", labels)
+    assert "coco_pope_adversarial.json, record" in found and message in found
+
+
 # --- SEED-Bench-2 ---------------------------------------------------------------------------------
 
 
