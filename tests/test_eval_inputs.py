@@ -509,3 +509,137 @@ def test_nocaps_test_is_asked_about_and_uploaded_by_picture_id(tmp_path):
         {"image_id": 10, "caption": "a house"},
         {"image_id": 11, "caption": "a dog"},
     ]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def table(path, rows, delimiter="\t"):
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
+    path.write_text("".join(delimiter.join(row) + "\n" for row in cells), encoding="utf-8")
+    return path
+
+
+PICTURE = mmbench_rows()[0]["image"]
+
+
+def one(**change):
+    return {"index": 1, "question": "Which?", "A": "red", "B": "blue", "answer": "A"} | change
+
+
+def sheet(path, *rows):
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.save(path)
+    return path
+
+
+def test_sheets_as_they_come(tmp_path, capsys):
+    annotations = table(tmp_path / "t.tsv", [one()])
+    path = tmp_path / "s.xlsx"
+    words = ("mmbench", "--answers", path, "--annotations", annotations)
+    sheet(path, ["index", "response"], [1, "A"])
+    message = told("score", *words)
+    assert f"{path}: no column prediction; its columns are ['index', 'response']" in message
+    sheet(path)
+    assert f"{path} is empty" in told("score", *words)
+    sheet(path, ["index", "prediction"])
+    assert f"{path} has a header (index, prediction) and no rows" in told("score", *words)
+    sheet(path, ["index", "prediction"], ["one", "A"])
+    assert f"{path}, row 2: index must be a whole number, found" in told("score", *words)
+    for rows in ([1, "A"], [None, None]), ([1.0, "A"],), (["1", "A"], []), (["1.0", "A"],):
+        sheet(path, ["index", "prediction"], *rows)
+        assert scored(capsys, *words)["metrics"]["circular_accuracy"] == 100
+    path.write_bytes(b"PK\x03\x04" + path.read_bytes()[200:])
+    assert str(path) in told("score", *words)
+    path.write_bytes(LFS)
+    assert f"{path} is a Git LFS pointer" in told("score", *words)
+
+
+def test_answers_in_tables_of_text(tmp_path):
+    rows = [{"index": 1, "prediction": "A"}, {"index": 2, "prediction": ""}]
+    for name, delimiter in (("a.tsv", "\t"), ("a.csv", ",")):
+        found = read_answers_file(table(tmp_path / name, rows, delimiter))
+        assert [(row["question_id"], row["text"]) for row in found] == [(1, "A"), (2, "")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": 1, "question": "?"}], "no column index; its columns are ['id', 'question']"),
+        ([one(), one()], "row 3: index 1 is there twice"),
+        ([one(index="nan")], 'row 2: index must be a whole number, found the text "nan"'),
+        ([one(answer="red")], "index 1: answer must be one of A, B, C, D, found 'red'"),
+        ([one(), one(index=2, answer="nan")], "index 2: answer must be one of A, B, C, D, found"),
+    ],
+)
+def test_tables_that_are_none_of_mmbench_are_told(rows, message, tmp_path):
+    annotations = table(tmp_path / "t.tsv", rows)
+    answers = lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": "A"}])
+    words = ("--answers", answers, "--annotations", annotations, "--allow-missing")
+    found = told("score", "mmbench", *words)
+    assert str(annotations) in found and message in found
+
+
+def test_answers_that_pandas_wrote_as_nan_are_none(tmp_path):
+    annotations = table(tmp_path / "t.tsv", [one(answer="nan")])
+    answers = lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": "A"}])
+    with pytest.raises(ValueError, match=r"t.tsv has no public answers.*eval submit mmbench"):
+        score(get_task("mmbench"), answers, annotations)
+
+
+def test_control_characters_in_answers_reach_the_sheet_as_spaces(tmp_path, caplog, capsys):
+    annotations = table(tmp_path / "t.tsv", [one()])
+    text = "A\x0b red\x00 \ud800"
+    answers = lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": text}])
+    words = ["--answers", str(answers), "--annotations", str(annotations)]
+    with caplog.at_level(logging.WARNING):
+        cli.main(["submit", "mmbench", *words, "--out", str(tmp_path / "s.xlsx")])
+    assert "control characters in 1 cells were written as spaces" in caplog.text
+    header, row = openpyxl.load_workbook(tmp_path / "s.xlsx").active.values
+    assert dict(zip(header, row, strict=True))["prediction"] == "A  red   "
+    found = scored(capsys, "mmbench", "--answers", tmp_path / "s.xlsx", *words[2:])
+    assert found["metrics"]["circular_accuracy"] == 100
+
+
+CELLS = {
+    "images/0001.jpg": "is a path, 'images/0001.jpg', not",
+    "https://example.org/mmbench/0001.jpg": "is an address, 'https://example.org",
+    "https://example.org/" + "a" * 80 + ".jpg": "is an address, 'https://example.org",
+    "": "cell is empty",
+    PICTURE + "A": "is not base64 (",
+    PICTURE[:40].replace("i", "*") + "*": "is not base64 (",
+    base64.b64encode(b"no picture" * 20).decode(): "holds no image that can be read",
+    "12345": "is not base64",
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_cell_without_a_picture_is_that_questions_fault_alone(cell, tmp_path):
+    source = table(tmp_path / "t.tsv", [one(image=PICTURE), one(index=2, image=cell)])
+    good, bad = get_task("mmbench").read_questions(source)
+    assert read_picture(good, None).mode == "RGB"
+    with pytest.raises(ValueError) as found:  # an ImageError, which --bad-images mark goes past
+        read_picture(bad, None)
+    assert CELLS[cell] in str(found.value)
+    message = told("prepare", "mmbench", source, "--out", tmp_path / "q.jsonl")
+    assert f"{source}, index 2: " in message and CELLS[cell] in message
+    assert [path.name for path in tmp_path.iterdir()] == ["t.tsv"]
+
+
+def test_pictures_as_data_addresses_and_in_turned_rows_are_shown(tmp_path):
+    rows = [one(image="data:image/png;base64," + PICTURE), one(index=1_000_001, image="1")]
+    source = table(tmp_path / "t.tsv", rows)
+    first, turned = get_task("mmbench").read_questions(source)
+    assert read_picture(first, None).tobytes() == read_picture(turned, None).tobytes()
+    cli.main(["prepare", "mmbench", str(source), "--out", str(tmp_path / "q.jsonl")])
+    (picture,) = (tmp_path / "q_images").iterdir()
+    assert picture.read_bytes() == base64.b64decode(PICTURE)
+
+
+def test_a_table_without_a_column_of_pictures_is_told(tmp_path):
+    source = table(tmp_path / "t.tsv", [one(image_path="1.jpg")])
+    message = told("prepare", "mmbench", source, "--out", tmp_path / "q.jsonl")
+    assert "no column image; its columns are ['index'" in message and "'image_path']" in message
