@@ -23,7 +23,7 @@ def read_picture(question: Question, images: Path | None) -> Image.Image | None:
         ImageError: it cannot be shown; the message says why.
     """
     if question.fault:
-        raise ImageError(question.fault)
+        raise ImageError(f"{question.fault}: {question.image}")
     if question.image_base64 is not None:
         return load_cell(question.image_base64)
     if question.image is None:

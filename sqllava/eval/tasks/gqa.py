@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqllava.eval.fields import Record
 from sqllava.eval.metrics.gqa import entailed_ids, gqa_items, gqa_metrics, prediction_of
 from sqllava.eval.records import (
     Metrics,
@@ -66,31 +67,40 @@ def _checked(path: Path) -> dict[str, Row]:
     """The questions by id, with all that the official figures look at."""
     entries = read_record(path).named()
     check_answered(path, list(entries.values()), "answer")
-    for entry in entries.values():
-        entry.text("answer")
-        entry.text("question")
-        entry.flag("isBalanced")
-        entry.optional_text("imageId")
-        entry.record("types").text("structural")
-        entry.record("types").text("semantic")
-        entry.record("types").optional_text("detailed")
-        entry.record("groups").optional_text("global")
-        for step in entry.records("semantic"):
-            step.text("operation")
-            step.text("argument")
-        if "entailed" in entry.row:
-            entry.texts("entailed")
-    return {name: entry.row for name, entry in entries.items()}
+    return {name: _question(entry) for name, entry in entries.items()}
+
+
+def _question(entry: Record) -> Row:
+    types = entry.record("types")
+    steps = [
+        {"operation": step.text("operation"), "argument": step.text("argument")}
+        for step in entry.records("semantic")
+    ]
+    question: Row = {
+        "question": entry.text("question"),
+        "answer": entry.text("answer"),
+        "isBalanced": entry.flag("isBalanced"),
+        "types": {
+            "structural": types.text("structural"),
+            "semantic": types.text("semantic"),
+            "detailed": types.optional_text("detailed"),
+        },
+        "groups": {"global": entry.record("groups").optional_text("global")},
+        "semantic": steps,
+        "entailed": entry.texts("entailed") if "entailed" in entry.row else [],
+    }
+    return question | ({"imageId": entry.text("imageId")} if "imageId" in entry.row else {})
 
 
 def _choices(folder: Path, asked: Sequence[str]) -> dict[str, Row] | None:
     for name in CHOICES:
         if (folder / name).is_file():
             choices = read_record(folder / name)
-            for question in asked:
-                choices.record(question).texts("valid")
-                choices.record(question).texts("plausible")
-            return choices.row
+            entries = {question: choices.record(question) for question in asked}
+            return {
+                question: {kind: entry.texts(kind) for kind in ("valid", "plausible")}
+                for question, entry in entries.items()
+            }
     return None
 
 

@@ -53,7 +53,7 @@ def _question(record: Record) -> Question:
         raise record.wrong("conversations", "a list with the question")
     text = turns[0].text("value").replace(IMAGE, "").strip() + OPTION_LETTER
     image, fault = picture_of(record)
-    prompt = f"{IMAGE}\n{text}" if image or fault else text
+    prompt = f"{IMAGE}\n{text}" if image else text
     return Question(record.id("id"), text, image, prompt, fault=fault)
 
 

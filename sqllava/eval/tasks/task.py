@@ -154,7 +154,7 @@ def _llava_question(record: Record) -> Question:
         raise record.fault("a question needs question_id and text")
     text = record.text("text")
     image, fault = picture_of(record)
-    if image is None and fault is None and (IMAGE in text or _OTHER_NAMES & record.row.keys()):
+    if image is None and (IMAGE in text or _OTHER_NAMES & record.row.keys()):
         raise record.fault("the question is about a picture, whose name goes under 'image'")
     if IMAGE in text:
         text = text.replace(IMAGE, "").strip()
@@ -168,7 +168,8 @@ _OTHER_NAMES = {"images", "image_path", "img_path", "image_file", "video", "vide
 def picture_of(record: Record) -> tuple[str | None, str | None]:
     """A record's picture, and why it cannot be shown: either may be None.
 
-    A list of one picture is that picture; a question about several is known, but not asked.
+    A list of one picture is that picture; a question about several, whose names are put together,
+    is known but not asked.
     """
     given = record.row.get("image")
     if given is None or isinstance(given, str):
@@ -177,7 +178,7 @@ def picture_of(record: Record) -> tuple[str | None, str | None]:
     if given != [] and not names:
         raise record.wrong("image", "a picture's name")
     if len(names) > 1:
-        return None, f"the question is about {len(names)} pictures; one can be shown: {names}"
+        return ", ".join(names), f"the question is about {len(names)} pictures; one can be shown"
     return (names[0] if names else None), None
 
 
