@@ -160,6 +160,40 @@ def test_windows_line_ends_change_nothing(root, tmp_path):
     assert [row["label"] for row in read(tmp_path / "cc.jsonl")] == ["a man .", "a dog"]
 
 
+def test_check_names_what_is_there_and_of_no_use(root, tmp_path, capsys):
+    folder = tmp_path / "pope"
+    shutil.copytree(root / "pope", folder)
+    shutil.rmtree(folder / "val2014")
+    (folder / "val2014").mkdir()
+    (folder / "llava_pope_test.jsonl").write_bytes(LFS)
+    with pytest.raises(SystemExit):
+        cli.main(["check", "pope", "--data", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "pope: 2 missing" in said
+    assert "llava_pope_test.jsonl is a Git LFS pointer" in said
+    assert "val2014 is an empty folder (6 GB)" in said
+
+
+def test_file_names_and_answers_that_utf8_cannot_hold_are_escaped(tmp_path, capsysbinary):
+    annotations = vqa_annotations(tmp_path / "a.json", "x")
+    annotations.write_text(annotations.read_text().replace('"x"', r'"\ud800"'))
+    answers = lines(tmp_path / "caf\udce9.jsonl", [{"question_id": 1, "text": "\ud800"}])
+    items = tmp_path / "items.jsonl"
+    words = ["--answers", str(answers), "--annotations", str(annotations), "--items", str(items)]
+    cli.main(["score", "vqav2", *words, "--out", str(tmp_path / "s.json")])
+    printed = json.loads(capsysbinary.readouterr().out)
+    assert printed == json.loads((tmp_path / "s.json").read_text())
+    assert printed["metrics"]["overall"] == 100 and printed["settings"]["answers"] == str(answers)
+    cli.main(["submit", "vqav2", "--questions", str(questions_of(tmp_path)), *words[:2]])
+    assert json.loads((tmp_path / "caf\udce9_submission.json").read_text()) == [
+        {"question_id": 1, "answer": "\ud800"}
+    ]
+
+
+def questions_of(folder):
+    return lines(folder / "q.jsonl", [{"question_id": 1, "text": "?"}])
+
+
 # --- answers --------------------------------------------------------------------------------------
 
 
@@ -254,7 +288,7 @@ def test_ids_that_are_texts_in_one_file_and_numbers_in_the_other_meet(root, tmp_
         ("seed", {"question_type": {"x": 1}, "questions": [{"question_id": "1", "answer": "A",
                   "question_type_id": 3, "data_type": "image"}]}, "one of question_type's [1]"),
         ("gqa", [], "expected an object, found a list"),
-        ("gqa", {"1": {"question": "?", "answer": "a"}}, "1: no 'isBalanced' (true or false)"),
+        ("gqa", {"1": {"question": "?", "answer": "a"}}, "1: no 'types' (an object)"),
         ("qbench", {}, "expected a list of records"),
         ("qbench", [{"question": "?", "candidates": ["a"], "img_path": "x", "correct_ans": "b"}],
          "correct_ans must be one of ['a'], found the text \"b\""),
