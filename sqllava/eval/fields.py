@@ -30,13 +30,13 @@ class Record:
     def fault(self, needs: str) -> ValueError:
         """The error to raise where the record lacks what it needs."""
         more = ", ..." if len(self.row) > KEYS else ""
-        keys = ", ".join(map(str, list(self.row)[:KEYS]))
+        keys = ", ".join(plain(name) for name in list(self.row)[:KEYS])
         return ValueError(f"{self.where}: {needs}, found [{keys}{more}]")
 
     def wrong(self, name: str, wanted: str) -> ValueError:
         """The error to raise where a field is not what is wanted."""
         found = shown(self.row.get(name))
-        return ValueError(f"{self.where}: {name} must be {wanted}, found {found}")
+        return ValueError(f"{self.where}: {plain(name)} must be {wanted}, found {found}")
 
     def _value(self, name: str, wanted: str) -> Any:
         if name not in self.row:
@@ -106,11 +106,11 @@ class Record:
         value = self._value(name, "an object")
         if not isinstance(value, dict):
             raise self.wrong(name, "an object")
-        return Record(value, f"{self.where}, {name}")
+        return Record(value, f"{self.where}, {plain(name)}")
 
     def records(self, name: str) -> list["Record"]:
         """A list of objects; they are numbered from 1."""
-        return listed(self.values(name), f"{self.where}, {name}")
+        return listed(self.values(name), f"{self.where}, {plain(name)}")
 
     def named(self) -> dict[str, "Record"]:
         """Objects by their names, which this one consists of."""
@@ -129,6 +129,11 @@ def listed(values: Any, where: str) -> list[Record]:
         if not isinstance(value, dict):
             raise ValueError(f"{where}, record {number}: expected an object, found {shown(value)}")
     return [Record(value, f"{where}, record {number}") for number, value in enumerate(values, 1)]
+
+
+def plain(name: str) -> str:
+    """A name as it is, if it can stand in a sentence; quoted and escaped otherwise."""
+    return name if name.isprintable() else repr(name)
 
 
 def as_text(value: Any) -> str | None:

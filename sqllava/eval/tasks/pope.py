@@ -108,7 +108,7 @@ def _by_content(labels: Labels, questions: Path) -> Asked:
             if str(row.row.get("category")) == split
         }
         if split not in labels:
-            raise ValueError(f"{questions}: category {split!r} has no {PREFIX}{split}.json")
+            raise ValueError(f"{questions}: category {split!r} has no list ({PREFIX}*.json)")
         found: dict[tuple[str, str], Label] = {}
         for label in labels[split]:
             if found.setdefault(label.content, label).answer != label.answer:
