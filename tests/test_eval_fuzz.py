@@ -168,7 +168,7 @@ def test_a_broken_file_leads_to_a_sentence(name, root, tmp_path):
     answers = write_answers(tmp_path / "a.jsonl", task, good / task.layout.questions, texts)
     kept = [*dict.fromkeys((task.layout.questions, *ANNOTATIONS[name]))]
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, derandomize=True)
     @given(st.integers(0, 2**32))
     def check(seed):
         rng = random.Random(seed)
@@ -216,7 +216,7 @@ def test_a_report_of_broken_results_leads_to_a_sentence(which, root, tmp_path):
     write_jsonl(tmp_path / "pope.items.jsonl", result.items)
     good = (tmp_path / which).read_bytes()
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, derandomize=True)
     @given(st.integers(0, 2**32))
     def check(seed):
         (tmp_path / which).write_bytes(good)
@@ -242,7 +242,7 @@ def test_broken_answers_in_every_form_lead_to_a_sentence(suffix, root, tmp_path)
     good = (tmp_path / "a").with_suffix(suffix).read_bytes()
     broken = (tmp_path / "b").with_suffix(suffix)
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, derandomize=True)
     @given(st.integers(0, 2**32))
     def check(seed):
         broken.write_bytes(good)

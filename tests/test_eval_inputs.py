@@ -631,11 +631,20 @@ def test_control_characters_in_answers_reach_the_sheet_as_spaces(tmp_path, caplo
     words = ["--answers", str(answers), "--annotations", str(annotations)]
     with caplog.at_level(logging.WARNING):
         cli.main(["submit", "mmbench", *words, "--out", str(tmp_path / "s.xlsx")])
-    assert "control characters in 1 cells were written as spaces" in caplog.text
+    assert "in 1 cells control characters became spaces" in caplog.text
     header, row = openpyxl.load_workbook(tmp_path / "s.xlsx").active.values
     assert dict(zip(header, row, strict=True))["prediction"] == "A  red   "
     found = scored(capsys, "mmbench", "--answers", tmp_path / "s.xlsx", *words[2:])
     assert found["metrics"]["circular_accuracy"] == 100
+
+
+def test_a_text_that_is_too_long_for_a_cell_is_cut_with_a_word(tmp_path, caplog):
+    from sqllava.eval.tables import read_table, write_sheet
+
+    with caplog.at_level(logging.WARNING):
+        write_sheet(tmp_path / "s.xlsx", ["a"], [{"a": "x" * 40_000}, {"a": "=1"}])
+    assert "in 1 cells" in caplog.text and "cut to 32767 characters" in caplog.text
+    assert [len(row["a"]) for row in read_table(tmp_path / "s.xlsx")] == [32_767, 2]
 
 
 CELLS = {

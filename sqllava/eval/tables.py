@@ -18,6 +18,7 @@ Cells = dict[str, str]
 TABLES = (".xlsx", ".tsv", ".csv")
 # What XML, and so a sheet, cannot hold; the server's reader takes a space for the end of a word.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_LONGEST = 32_767
 
 
 def read_table(path: Path, needed: Sequence[str] = ()) -> list[Cells]:
@@ -57,9 +58,16 @@ def _text_rows(path: Path) -> Iterator[list[str]]:
             raise ValueError(f"{path}, line {rows.line_num}: not a table ({error})") from None
 
 
-def _sheet_rows(path: Path) -> Iterator[list[str]]:
-    import openpyxl
+def _openpyxl() -> Any:
+    try:
+        import openpyxl
+    except ModuleNotFoundError:
+        raise ValueError("Excel sheets need openpyxl: pip install 'sqllava[eval]'") from None
+    return openpyxl
 
+
+def _sheet_rows(path: Path) -> Iterator[list[str]]:
+    openpyxl = _openpyxl()
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path} is {foreign_content(path) or 'no Excel sheet'}")
@@ -74,11 +82,10 @@ def _sheet_rows(path: Path) -> Iterator[list[str]]:
 def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes an .xlsx file with one sheet; a text stays a text, also where it begins with "=".
 
-    Control characters, which a sheet cannot hold, become spaces; a warning says how many texts.
+    What a sheet cannot hold, control characters and the end of a very long text, becomes a space or
+    is cut off; a warning says of how many texts.
     """
-    import openpyxl
-
-    book = openpyxl.Workbook()
+    book = _openpyxl().Workbook()
     sheet = book.worksheets[0]
     sheet.append(list(columns))
     changed = 0
@@ -89,13 +96,17 @@ def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
                 continue
             cell = sheet.cell(number, column)
             if isinstance(value, str):
-                changed += bool(_UNWRITABLE.search(value))
-                cell.value = _UNWRITABLE.sub(" ", value)
+                text = _UNWRITABLE.sub(" ", value)[:_LONGEST]
+                changed += text != value
+                cell.value = text
                 cell.data_type = "s"
             else:
                 cell.value = value
     if changed:
-        logger.warning("%s: control characters in %d cells were written as spaces", path, changed)
+        logger.warning(
+            "%s: in %d cells control characters became spaces, or a text was cut to %d characters",
+            *(path, changed, _LONGEST),
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
     book.save(unfinished)
