@@ -17,7 +17,7 @@ from eval_data import write_all, write_answers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqllava.eval.records import NoAnswersError, write_json, write_jsonl
+from sqllava.eval.records import MissingAnswersError, NoAnswersError, write_json, write_jsonl
 from sqllava.eval.report import write_report
 from sqllava.eval.score import read_answers_file, score
 from sqllava.eval.tasks import TASKS
@@ -27,7 +27,7 @@ from sqllava.eval.tasks.task import Inputs
 PACKAGE = Path(__file__).parents[1] / "sqllava"
 CAPTIONS = ("coco", "flickr30k", "nocaps", "conceptual")  # their scores need Java
 JUDGED = ("llavabench", "mmvet")
-OURS = (ValueError, FileNotFoundError, NoAnswersError)
+OURS = (ValueError, FileNotFoundError, NoAnswersError, MissingAnswersError)
 ANNOTATIONS = {
     "vqav2": ("annotations.json", "questions.json"),
     "gqa": ("data/testdev_balanced_questions.json",),

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqllava.data.images import ImageError, load_image, resolve_image
 from sqllava.eval.fields import Record
-from sqllava.eval.records import Row, read_lines, read_record, to_json, write_json, write_text
+from sqllava.eval.records import Row, read_json, read_lines, to_json, write_json, write_text
 from sqllava.eval.score import headline
 from sqllava.eval.tasks import TASKS
 from sqllava.eval.tasks.published import PUBLISHED
@@ -71,7 +71,8 @@ def read_score(task: Task, path: Path) -> Row:
     Raises:
         ValueError: it has no metrics, counts and settings, or its figure is no number.
     """
-    score = read_record(path)
+    content = read_json(path)
+    score = Record(content if isinstance(content, dict) else {}, str(path))
     for name in ("metrics", "counts", "settings"):
         if not isinstance(score.row.get(name), dict):
             raise ValueError(f"{path}: a score needs an object {name}: `sqllava eval score --out`")
