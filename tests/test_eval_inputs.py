@@ -647,6 +647,13 @@ def test_a_text_that_is_too_long_for_a_cell_is_cut_with_a_word(tmp_path, caplog)
     assert [len(row["a"]) for row in read_table(tmp_path / "s.xlsx")] == [32_767, 2]
 
 
+def test_an_upload_that_lacks_answers_names_no_flag_that_it_has_not(tmp_path):
+    annotations = table(tmp_path / "t.tsv", [one(), one(index=2)])
+    answers = lines(tmp_path / "a.jsonl", [{"question_id": 1, "text": "A"}])
+    message = told("submit", "mmbench", "--answers", answers, "--annotations", annotations)
+    assert "'2' (--allow-missing is for scores: an upload needs every answer)" in message
+
+
 CELLS = {
     "images/0001.jpg": "is a path, 'images/0001.jpg', not",
     "https://example.org/mmbench/0001.jpg": "is an address, 'https://example.org",

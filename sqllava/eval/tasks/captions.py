@@ -25,6 +25,7 @@ from sqllava.eval.records import (
     write_text,
 )
 from sqllava.eval.tasks.task import (
+    UPLOAD,
     File,
     Inputs,
     Layout,
@@ -275,7 +276,9 @@ def submit(inputs: Inputs, out: Path) -> None:
     references = read_references(inputs.annotations)
     by_key = _by_key(inputs.annotations, references)
     key_of = _keys(inputs, references)
-    answers = join(inputs.answers, by_key, lambda row: key_of(by_question_id(row)))
+    answers = join(
+        inputs.answers, by_key, lambda row: key_of(by_question_id(row)), forgiving=UPLOAD
+    )
     numbered = isinstance(read_json(inputs.annotations), dict)
     rows = [
         {

@@ -25,6 +25,7 @@ from sqllava.eval.tables import Cells, index_of, read_table, write_sheet
 from sqllava.eval.tasks.task import (
     OPTION_LETTER,
     OPTION_LETTER_CN,
+    UPLOAD,
     File,
     Inputs,
     Layout,
@@ -147,7 +148,8 @@ def judge(inputs: Inputs) -> list[Row]:
     """One item per question: right if all its turns are; `plain` is the first turn alone."""
     rows = _rows(inputs.annotations, ("index", "question"))
     _check_letters(inputs.annotations, rows)
-    answers = _joined(inputs, rows, inputs.allow_missing)
+    found = join(inputs.answers, map(str, rows), by_question_id, inputs.allow_missing)
+    answers = {int(index): answer for index, answer in found.items()}
     match = MATCHING[inputs.options.get("matching") or "vlmevalkit"]
     pandas_missing = bool(inputs.options.get("pandas_missing"))
     turns: dict[int, list[Row]] = {}
@@ -158,13 +160,6 @@ def judge(inputs: Inputs) -> list[Row]:
         turn = {"index": index, "said": said, "matched": matched, "answer": row["answer"]}
         turns.setdefault(index % TURN, []).append(turn)
     return [_item(base, rows, group) for base, group in turns.items()]
-
-
-def _joined(
-    inputs: Inputs, rows: Mapping[int, Cells], allow_missing: bool = False
-) -> dict[int, Row | None]:
-    found = join(inputs.answers, [str(index) for index in rows], by_question_id, allow_missing)
-    return {int(index): answer for index, answer in found.items()}
 
 
 def _check_letters(path: Path, rows: Mapping[int, Cells]) -> None:
@@ -214,7 +209,8 @@ def summarize(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:
 def submit(inputs: Inputs, out: Path) -> None:
     """Writes the server's Excel file: the TSV's rows without pictures, with the predictions."""
     table = _rows(inputs.annotations, ("index", "question"))
-    answers = _joined(inputs, table)
+    found = join(inputs.answers, map(str, table), by_question_id, forgiving=UPLOAD)
+    answers = {int(index): answer for index, answer in found.items()}
     rows = [
         {**row, "index": index, "prediction": text_of(answers[index])}
         for index, row in table.items()

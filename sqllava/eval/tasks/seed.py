@@ -21,6 +21,7 @@ from sqllava.eval.records import (
 from sqllava.eval.tasks.task import (
     EVAL_ZIP,
     OPTION_LETTER,
+    UPLOAD,
     File,
     Inputs,
     Layout,
@@ -85,7 +86,7 @@ def submit(inputs: Inputs, out: Path) -> None:
     """Writes the leaderboard's lines, in the annotations' order."""
     entries, _ = _entries(inputs.annotations)
     names = [str(entry.id("question_id")) for entry in entries]
-    answers = join(inputs.answers, names, by_question_id)
+    answers = join(inputs.answers, names, by_question_id, forgiving=UPLOAD)
     rows = [{"question_id": name, "prediction": text_of(answers[name])} for name in names]
     write_jsonl(out, rows)
 

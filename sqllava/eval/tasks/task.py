@@ -15,6 +15,8 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
 OPTION_LETTER_CN = "\n请直接回答选项字母。"
 LETTERS = "ABCDEFGH"
+# What --allow-missing is, where an upload lacks answers.
+UPLOAD = "is for scores: an upload needs every answer"
 # The zip of prepared question files that LLaVA's documentation links.
 EVAL_ZIP = "LLaVA's eval.zip, or `sqllava eval prepare`"
 

@@ -24,6 +24,7 @@ from sqllava.eval.records import (
 from sqllava.eval.tasks.task import (
     EVAL_ZIP,
     SHORT_ANSWER,
+    UPLOAD,
     File,
     Inputs,
     Layout,
@@ -96,7 +97,8 @@ def submit(inputs: Inputs, out: Path) -> None:
         asked = [(str(n), entry.text("image")) for n, entry in enumerate(entries)]
     else:
         asked = [(str(q.question_id), q.image or "") for q in read_llava_questions(source)]
-    answers = join(inputs.answers, [name for name, _ in asked], by_question_id)
+    names = [name for name, _ in asked]
+    answers = join(inputs.answers, names, by_question_id, forgiving=UPLOAD)
     rows = [
         {"image": image, "answer": normalize_evalai(text_of(answers[name]))}
         for name, image in asked
