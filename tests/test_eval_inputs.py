@@ -46,7 +46,7 @@ def scored(capsys, *words):
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 OTHERS = {
     "UTF-16": lambda data: data.decode().encode("utf-16"),
-    "UTF-16: save": lambda data: data.decode().encode("utf-16-le"),
+    "save it as UTF-8": lambda data: data.decode().encode("utf-16-le"),
     "gzip": gzip.compress,
     "Git LFS pointer": lambda data: LFS,
     "HTML page": lambda data: b"\n<!DOCTYPE html><html>Sign in</html>",

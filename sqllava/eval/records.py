@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from sqllava.data.formats import LOOK_BYTES, mistaken_for
 from sqllava.eval.fields import Record, Row, as_text, listed, shown
 
 logger = logging.getLogger(__name__)
@@ -92,32 +93,14 @@ def answer_row(question: Question, text: str, model_id: str, metadata: Row | Non
 # --- files ----------------------------------------------------------------------------------------
 
 
-# What a file begins with that holds no UTF-8 text -> what it is, and what to do.
-_FOREIGN = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file: fetch that with `git lfs pull`",
-    b"<!doctype html": "an HTML page, of an error or a login perhaps: download the file again",
-    b"<html": "an HTML page, of an error or a login perhaps: download the file again",
-    b"\x1f\x8b": "compressed by gzip: unpack it first",
-    b"BZh": "compressed by bzip2: unpack it first",
-    b"\xfd7zXZ": "compressed by xz: unpack it first",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
-    b"PK\x03\x04": "a zip archive or an Excel sheet, not text: unpack it, or name it .xlsx",
-    b"PAR1": "a Parquet file: export it as the JSON that the benchmark ships",
-    b"\xff\xfe": "text in UTF-16: save it as UTF-8",
-    b"\xfe\xff": "text in UTF-16: save it as UTF-8",
-}
-_HEAD = 512
-
-
 def foreign_content(path: Path) -> str | None:
     """What a file is, and what to do, if its first bytes show that it is no UTF-8 text."""
     with open(path, "rb") as file:
-        head = file.read(_HEAD)
-    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for mark, what in _FOREIGN.items():
-        if head.startswith(mark) or begins.startswith(mark):
-            return what
-    return "no text (it holds zero bytes), or UTF-16: save it as UTF-8" if b"\0" in head else None
+        head = file.read(LOOK_BYTES)
+    if head.startswith(b"PAR1"):
+        return "a Parquet file; export it as the JSON that the benchmark ships"
+    wide = "no text (it holds zero bytes), or UTF-16; save it as UTF-8" if b"\0" in head else None
+    return mistaken_for(head) or wide
 
 
 @contextmanager
