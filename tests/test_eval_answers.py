@@ -359,12 +359,45 @@ def test_a_bad_picture_is_an_error_or_marked(root, ours, tmp_path):
     answers = tmp_path / "a.jsonl"
     with pytest.raises(SystemExit, match=r"record \d+ \(question \d+\): .*000002.jpg.*bad-images"):
         cli.main(words(task, data, ours, answers))
-    more = ["--bad-images", "mark", "--overwrite", "--annotations", data / "pope/coco"]
+    # As the message says: what was answered stays, and the run goes on.
+    more = ["--bad-images", "mark", "--annotations", data / "pope/coco"]
     cli.main(words(task, data, ours, answers, *more))
     marked = [row for row in read(answers) if row["metadata"]]
     assert len(read(answers)) == 12 and len(marked) == 3
     assert all(row["text"] == "" and "000002.jpg" in row["metadata"]["error"] for row in marked)
     assert read_json(tmp_path / "a.score.json")["counts"]["failed_images"] == 3
+
+
+def test_questions_whose_file_holds_no_picture_are_marked(root, ours, tmp_path):
+    rows = read(root / "pope/llava_pope_test.jsonl")[:3]
+    rows[2]["image"] = [rows[0]["image"], rows[1]["image"]]
+    rows[1]["image"] = [rows[1]["image"]]
+    questions = lines(tmp_path / "q.jsonl", rows)
+    answers = tmp_path / "a.jsonl"
+    given = ["run", "gqa", "--model", ours, "--questions", questions, "--answers", answers]
+    given = [str(word) for word in (*given, "--images", root / "pope/val2014", "--workers", 0)]
+    with pytest.raises(SystemExit, match=r"record 3 \(question 3\): .*about 2 pictures; one can"):
+        cli.main(given)
+    cli.main([*given, "--bad-images", "mark"])
+    assert ["error" in row["metadata"] for row in read(answers)] == [False, False, True]
+
+
+def test_parts_that_are_none_are_told(root, ours, tmp_path):
+    task, answers = TASKS["gqa"], tmp_path / "a.jsonl"
+    for text, message in (
+        ("[1]", "1_0.jsonl: a JSON list where"),
+        ('{"question_id": "00"}', "1_0.jsonl: no 'item'"),
+        ('{"item": -1}', "item -1 answers another question"),
+        ('{"item": 0}', "item 0 answers another question"),
+        ("\xff", "1_0.jsonl: not JSON"),
+    ):
+        part = answers.with_name("a.jsonl.parts") / "1_0.jsonl"
+        part.parent.mkdir(exist_ok=True)
+        part.write_text(text + "\n", encoding="latin-1")
+        questions = str(root / task.layout.folder / task.layout.questions)
+        with pytest.raises(SystemExit) as left:
+            cli.main(["merge", "gqa", "--questions", questions, "--answers", str(answers)])
+        assert message in str(left.value)
 
 
 def test_pictures_are_read_in_workers(root, ours, tmp_path):

@@ -5,10 +5,7 @@ their answers to its own file in OUT.parts/. Whoever finishes last merges all pa
 order of the questions. A killed run goes on where it stopped: its batches are cut as before.
 """
 
-import base64
 import fcntl
-import io
-import json
 import logging
 import math
 import os
@@ -19,7 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal
 
 import torch
 import transformers
@@ -27,10 +24,20 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sqllava.data.images import load_image, resolve_image
 from sqllava.eval.engine import Engine, Prompter, decoding_settings
+from sqllava.eval.fields import Record
+from sqllava.eval.pictures import read_picture
 from sqllava.eval.plan import Batch, picture_key, plan
-from sqllava.eval.records import Question, Row, answer_row, line, read_json, write_json, write_text
+from sqllava.eval.records import (
+    Question,
+    Row,
+    answer_row,
+    line,
+    parse_row,
+    read_record,
+    write_json,
+    write_text,
+)
 from sqllava.generation.decoding import Decoding
 from sqllava.pixels import ImageError
 
@@ -199,18 +206,6 @@ class PreparedBatches(Dataset[Prepared]):
         return Prepared(rounds, inputs, errors)
 
 
-def read_picture(question: Question, images: Path | None) -> Image.Image | None:
-    """A question's picture; None if it has none."""
-    if question.image_base64 is not None:
-        data = io.BytesIO(base64.b64decode(question.image_base64))
-        return load_image(cast(Any, data))
-    if question.image is None:
-        return None
-    if images is None:
-        raise ImageError(f"picture {question.image!r} is in no folder: pass --images")
-    return load_image(resolve_image(images, question.image))
-
-
 def _loader(dataset: PreparedBatches, workers: int) -> DataLoader[Prepared]:
     return DataLoader(dataset, batch_size=None, num_workers=min(workers, len(dataset)))
 
@@ -275,14 +270,16 @@ def read_parts(job: Job, questions: Sequence[Question]) -> dict[int, Row]:
     found: dict[int, Row] = {}
     for part in sorted(job.parts.glob("*.jsonl")):
         for text in _whole_lines(part).splitlines():
-            row = json.loads(text)
-            item = row.pop("item")
-            question = questions[item] if item < len(questions) else None
-            if question is None or (row["question_id"], row["prompt"]) != (
+            row = parse_row(text.decode("utf-8", "replace"), str(part))
+            item = Record(row, str(part)).integer("item")
+            del row["item"]
+            question = questions[item] if 0 <= item < len(questions) else None
+            if question is None or (row.get("question_id"), row.get("prompt")) != (
                 question.question_id,
                 question.recorded_prompt,
             ):
                 raise ValueError(f"{part}: item {item} answers another question")
+            Record(row, f"{part}, item {item}").text("text")
             if found.setdefault(item, row)["text"] != row["text"]:
                 raise ValueError(f"{part}: item {item} has two different answers")
     return found
@@ -332,7 +329,11 @@ def write_header(
         },
     }
     if job.header.is_file():
-        before = read_json(job.header)
+        before = read_record(job.header).row
+        if before.get("bad_images") == "error" and job.bad_images == "mark":
+            # What was answered before the picture that stopped the run stays as it is.
+            before["bad_images"] = "mark"
+            write_json(job.header, before)
         changed = [name for name, value in settings.items() if before.get(name) != value]
         if changed:
             told = "; ".join(f"{n}: {before.get(n)!r} then, {settings[n]!r} now" for n in changed)

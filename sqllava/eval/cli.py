@@ -10,7 +10,14 @@ from typing import Any
 
 from sqllava.cli import Parser
 from sqllava.eval import selfq
-from sqllava.eval.records import Row, read_jsonl, to_json, write_json, write_jsonl
+from sqllava.eval.records import (
+    Row,
+    foreign_content,
+    read_jsonl,
+    to_json,
+    write_json,
+    write_jsonl,
+)
 from sqllava.eval.tasks import TASKS, get_task
 from sqllava.eval.tasks.published import PUBLISHED
 from sqllava.eval.tasks.task import Option, Task
@@ -82,7 +89,9 @@ def _options(task: Task, args: argparse.Namespace, field: str) -> Row:
 
 
 def _tell(value: Any) -> None:
-    sys.stdout.write(to_json(value) + "\n")
+    text = to_json(value) + "\n"
+    # A file's name may hold what UTF-8 cannot; JSON has an escape for it.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 # --- list and check -------------------------------------------------------------------------------
@@ -136,22 +145,33 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Says which files are missing, from where they come and how big they are.
+    """Says which files are missing or unusable, from where they come and how big they are.
 
     Raises:
-        SystemExit: with 1, if some are missing.
+        SystemExit: with 1, if there are such.
     """
     missing = False
     for name in args.task or TASKS:
         task = get_task(name)
         folder = args.data / task.layout.folder
-        lost = [file for file in task.files if not (folder / file.path).exists()]
+        faults = {file: _fault(folder / file.path) for file in task.files}
+        lost = {file: fault for file, fault in faults.items() if fault is not None}
         sys.stdout.write(f"{name}: {'complete' if not lost else f'{len(lost)} missing'}\n")
-        for file in lost:
-            sys.stdout.write(f"  {folder / file.path} ({file.size}): {file.source}\n")
+        for file, fault in lost.items():
+            sys.stdout.write(f"  {folder / file.path}{fault} ({file.size}): {file.source}\n")
         missing |= bool(lost)
     if missing:
         raise SystemExit(1)
+
+
+def _fault(path: Path) -> str | None:
+    """Why a file or folder cannot be used, as the end of a sentence; "" if it is not there."""
+    if not path.exists():
+        return ""
+    if path.is_dir():
+        return None if any(path.iterdir()) else " is an empty folder"
+    foreign = foreign_content(path) if path.stat().st_size else "empty"
+    return f" is {foreign}" if foreign else None
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,10 +5,11 @@ models take a left-padded batch that holds a picture for each question.
 """
 
 import hashlib
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -24,6 +25,7 @@ from sqllava.conversation import IMAGE, Turn, form, get_template
 from sqllava.encoding import encode_prompt
 from sqllava.errors import refused_code
 from sqllava.eval.plan import Costs
+from sqllava.eval.records import read_record
 from sqllava.generation.decoding import Decoding
 from sqllava.generation.writer import Writer
 from sqllava.model.processor import SQLlavaProcessor
@@ -39,6 +41,8 @@ TEMPLATE_NAMES = {"vicuna_v1": "v1"}
 EOS_MARK = "</s>"
 # Of the decoding, in every header.
 RECORDED = ("max_new_tokens", "do_sample", "temperature", "top_p")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
+_PACKAGE = re.compile(r"requires the (\w+) library")  # how transformers names one
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _WHOLE_FILE = 2 << 30
 _SAMPLE = 8 << 20
@@ -111,10 +115,14 @@ class HubPrompter:
         prompts = [
             self.prompt(text, image is not None) for text, image in zip(texts, images, strict=True)
         ]
-        pictures = [image for image in images if image is not None]
+        # A list for each prompt: some processors (Gemma 3's) take a flat one for a single prompt's.
+        pictures = [[] if image is None else [image] for image in images]
+        bos = self.processor.tokenizer.bos_token
         inputs = self.processor(
             text=prompts,
-            images=pictures or None,
+            images=pictures if any(pictures) else None,
+            # Many templates write it themselves, and the tokenizer would put a second one before.
+            add_special_tokens=not (bos and prompts[0].startswith(bos)),
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -310,12 +318,18 @@ def open_engine(
 
 
 def is_transformers_model(path: str) -> bool:
-    """Whether a model is transformers' own: its config has the parts of one, and is not ours."""
+    """Whether a model is transformers' own: its config has the parts of one, and is not ours.
+
+    Raises:
+        FileNotFoundError: the path is neither a folder nor anything that the hub could hold.
+    """
     config = Path(path, "config.json")
     if Path(path).is_dir():
         if not config.is_file():
             return False
-        values = json.loads(config.read_text(encoding="utf-8"))
+        values = read_record(config).row
+    elif Path(path).exists() or not _HUB_ID.fullmatch(path):
+        raise FileNotFoundError(f"no model folder {path} (nor is it an id of the hub's)")
     else:
         try:
             values = config_dict(path)  # of a hub id
@@ -324,6 +338,29 @@ def is_transformers_model(path: str) -> bool:
     return values.get("model_type") != "sqllava" and "vision_config" in values
 
 
+def _in_one_sentence(
+    opening: Callable[[str, str, str | None], tuple[Any, Any]],
+) -> Callable[[str, str, str | None], tuple[Any, Any]]:
+    """Says with a model's name what transformers says in paragraphs, or as a missing import."""
+
+    @wraps(opening)
+    def opened(path: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+        try:
+            return opening(path, dtype, device)
+        except (ImportError, OSError, ValueError) as error:
+            if isinstance(error, ValueError) and "\n" not in str(error):
+                raise
+            said = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+            package = _PACKAGE.search(said)
+            more = f" (pip install {package.group(1).lower()})" if package else ""
+            if not Path(path).is_dir():
+                more = " (a model is a folder, or an id of the hub's that can be fetched)"
+            raise ValueError(f"{path}: {said.strip().split('. ')[0]}{more}") from error
+
+    return opened
+
+
+@_in_one_sentence
 def _open_hub_model(path: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     place = choose_device(device)
     dtype = dtype_name(dtype)

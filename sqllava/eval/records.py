@@ -7,15 +7,21 @@ and its annotation into an item, and items into metrics.
 import base64
 import hashlib
 import json
+import logging
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
-Row = dict[str, Any]
+from sqllava.data.formats import LOOK_BYTES, mistaken_for
+from sqllava.eval.fields import Record, Row, as_text, listed, shown
+
+logger = logging.getLogger(__name__)
+
 Metrics = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
 
@@ -32,6 +38,7 @@ class Question:
         image: the picture's path in the image folder; None where there is no picture.
         prompt: what the answers file records as the prompt; the text if None.
         image_base64: the picture itself, for benchmarks that ship it in their file.
+        fault: why its picture cannot be shown, where the file itself says so.
         extra: more fields of the answer's record.
     """
 
@@ -40,6 +47,7 @@ class Question:
     image: str | None = None
     prompt: str | None = None
     image_base64: str | None = field(default=None, repr=False)
+    fault: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,6 +93,49 @@ def answer_row(question: Question, text: str, model_id: str, metadata: Row | Non
 # --- files ----------------------------------------------------------------------------------------
 
 
+def foreign_content(path: Path) -> str | None:
+    """What a file is, and what to do, if its first bytes show that it is no UTF-8 text."""
+    with open(path, "rb") as file:
+        head = file.read(LOOK_BYTES)
+    if head.startswith(b"PAR1"):
+        return "a Parquet file; export it as the JSON that the benchmark ships"
+    wide = "no text (it holds zero bytes), or UTF-16; save it as UTF-8" if b"\0" in head else None
+    return mistaken_for(head) or wide
+
+
+@contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    """Opens a UTF-8 text to read, with or without a byte order mark.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is something else; the message says what, or at which line.
+    """
+    foreign = foreign_content(path)
+    if foreign:
+        raise ValueError(f"{path} is {foreign}")
+    with open(path, encoding="utf-8-sig", newline=newline) as file:
+        try:
+            yield file
+        except UnicodeDecodeError:
+            raise ValueError(_not_utf8(path)) from None
+
+
+def _not_utf8(path: Path) -> str:
+    """Where a file stops being UTF-8: a stream's error knows only its place in a block."""
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        before = content[max(0, error.start - 20) : error.start].decode("ascii", "replace")
+        return (
+            f"{path}, line {line}: byte 0x{content[error.start]:02x} after {before!r} is not UTF-8 "
+            "(Latin-1, or cut short?): save the file as UTF-8"
+        )
+    return f"{path} is not UTF-8"
+
+
 def read_jsonl(path: Path) -> list[Row]:
     """Reads JSON lines; a line ends only at "\\n", as other breaks may stand within a text.
 
@@ -92,45 +143,147 @@ def read_jsonl(path: Path) -> list[Row]:
         FileNotFoundError: there is no such file.
         ValueError: a line is not a JSON object; the message says which.
     """
-    with open(path, encoding="utf-8", newline="\n") as file:
-        return [_row(path, number, line) for number, line in enumerate(file, 1) if line.strip()]
+    with open_text(path, newline="\n") as file:
+        return [
+            parse_row(line, f"{path}, line {number}")
+            for number, line in enumerate(file, 1)
+            if line.strip()
+        ]
 
 
-def _row(path: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+def parse_row(text: str, where: str) -> Row:
+    """A JSON line as an object.
+
+    Args:
+        where: the file and the line, for the error's message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if text.lstrip().startswith("["):
+        raise ValueError(f"{where}: a JSON list where JSON lines are expected, one object a line")
+    row = _parse(text, where)
     if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number}: expected an object, found {line.strip():.60}")
+        raise ValueError(f"{where}: expected an object, found {text.strip():.60}")
     return row
 
 
 def read_json(path: Path) -> Any:
     """Reads a JSON file; ValueError names the file if it is none."""
+    with open_text(path) as file:
+        text = file.read()
+    if not text.strip():
+        raise ValueError(f"{path} is empty: expected JSON")
+    return _parse(text, str(path))
+
+
+def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{where}: JSON that is nested too deeply to be a benchmark's") from None
+    except ValueError as error:  # a number of thousands of digits is no JSONDecodeError
+        lines = " (JSON lines, where one JSON value is expected?)" * ("Extra data" in str(error))
+        raise ValueError(f"{where}: not JSON ({error}){lines}") from None
+
+
+def read_record(path: Path) -> Record:
+    """Reads a JSON file that holds an object."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, found {shown(content)}")
+    return Record(content, str(path))
+
+
+def read_list(path: Path) -> list[Record]:
+    """Reads a JSON file that holds a list of objects."""
+    return listed(read_json(path), str(path))
+
+
+def read_lines(path: Path) -> list[Record]:
+    """Reads JSON lines, as records that are numbered from 1."""
+    return listed(read_jsonl(path), str(path))
+
+
+def check_answered(path: Path, records: Sequence[Record], name: str) -> None:
+    """Checks that annotations hold the right answers.
+
+    Args:
+        name: the field with them.
+
+    Raises:
+        NoAnswersError: no record has them: it is a split whose answers are not public.
+        ValueError: there are no records, or only some have them.
+    """
+    if not records:
+        raise ValueError(f"{path} holds no records")
+    lacking = [record for record in records if record.row.get(name) in (None, "", [])]
+    if len(lacking) == len(records):
+        raise NoAnswersError(
+            f"{path} has no public answers (no record has {name!r}): only the benchmark's server "
+            "can score this split"
+        )
+    if lacking:
+        raise lacking[0].fault(f"no {name!r}, which {len(records) - len(lacking)} others have")
+
+
+def annotators(record: Record, name: str = "answers") -> list[str]:
+    """The annotators' answers of a VQA record: texts, or objects with an `answer` each."""
+    given = record.values(name)
+    texts = [as_text(one.get("answer") if isinstance(one, dict) else one) for one in given]
+    known = [text for text in texts if text is not None]
+    if not known or len(known) < len(given):
+        raise record.wrong(name, "a list of texts, or of objects with an answer")
+    return known
 
 
 def read_answers(path: Path) -> list[Row]:
-    """Reads an answers file and checks that each line has an id and a text."""
-    rows = read_jsonl(path)
-    for number, row in enumerate(rows, 1):
-        text = row.get("text", row.get("response"))
-        if not isinstance(text, str) or not ("question_id" in row or "img_path" in row):
-            raise ValueError(
-                f"{path}, record {number}: an answer needs question_id and text, found {list(row)}"
-            )
+    """Reads an answers file: each record has an id, and its `text` is text afterwards.
+
+    A number counts as its text. `null`, on which some official scorers stop and which others count
+    as wrong, counts as an answer of nothing, as `--bad-images mark` writes it; `text_was_null` of
+    the record says so.
+
+    Raises:
+        ValueError: a record is no answer; the message says which.
+    """
+    records = [Record(row, f"{path}, record {n}") for n, row in enumerate(read_jsonl(path), 1)]
+    rows = [_answer(record) for record in records]
+    nulls = [row for row in rows if row.get("text_was_null")]
+    if nulls:
+        logger.warning(
+            "%s: %d answers are null and count as empty, the first of question %r",
+            path,
+            len(nulls),
+            nulls[0].get("question_id"),
+        )
     return rows
 
 
+def _answer(record: Record) -> Row:
+    name = "text" if "text" in record.row else "response"
+    if name not in record.row or not {"question_id", "img_path"} & record.row.keys():
+        raise record.fault("an answer needs question_id and text")
+    row = {**record.row, "text": record.optional_text(name) or ""}
+    if record.row[name] is None:
+        row["text_was_null"] = True
+    if "question_id" in row:
+        row["question_id"] = record.id("question_id")
+    if row.get("prompt") is not None:
+        row["prompt"] = record.text("prompt")
+    if not isinstance(row.get("metadata") or {}, dict):
+        raise record.wrong("metadata", "an object")
+    return row
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all.
+
+    Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes JSON's escape of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+    with open(unfinished, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write(text)
     unfinished.replace(path)
 
@@ -211,13 +364,39 @@ def join(
 
 
 def by_question_id(row: Row) -> str:
-    """The id as text: benchmarks write the same ids as numbers and as strings."""
+    """The id as text: benchmarks write the same ids as numbers and as strings.
+
+    Raises:
+        ValueError: it has none, as in Q-Bench's published form.
+    """
+    if "question_id" not in row:
+        raise ValueError(f"the answer about {row.get('img_path')!r} has no question_id")
     return str(row["question_id"])
+
+
+def prompt_of(row: Row) -> str:
+    """The prompt that an answer records, where the join needs it.
+
+    Raises:
+        ValueError: it records none.
+    """
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f"the answer to question {by_question_id(row)!r} has no prompt, by which it is joined: "
+            f"found {list(row)}"
+        )
+    return prompt
 
 
 def text_of(row: Row | None) -> str:
     """An answer's text; nothing for one that is missing."""
     return "" if row is None else row["text"]
+
+
+def nulls(answers: Sequence[Row]) -> int:
+    """How many answers were null."""
+    return sum("text_was_null" in row for row in answers)
 
 
 def failures(answers: Sequence[Row]) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sqllava.data.images import load_image, resolve_image
-from sqllava.eval.records import Row, read_json, read_jsonl, to_json, write_json, write_text
+from sqllava.eval.fields import Record
+from sqllava.eval.records import Row, read_json, read_lines, to_json, write_json, write_text
 from sqllava.eval.score import headline
 from sqllava.eval.tasks import TASKS
 from sqllava.eval.tasks.published import PUBLISHED
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("SQ-LLaVA-7B", "SQ-LLaVA-13B", "LLaVA-1.5-7B", "LLaVA-1.5-13B")
 EXAMPLES = 12
 THUMBNAIL = 256
+LEFT_OUT = ("missing", "failed", "failed_images")
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -44,7 +46,7 @@ def write_report(results: Path, out: Path, data: Path | None = None) -> str:
         ValueError: a file is none of `score`; the message says which.
     """
     scores = {
-        name: read_score(results / f"{name}.score.json")
+        name: read_score(TASKS[name], results / f"{name}.score.json")
         for name in TASKS
         if (results / f"{name}.score.json").is_file()
     }
@@ -64,17 +66,37 @@ def write_report(results: Path, out: Path, data: Path | None = None) -> str:
     return table
 
 
-def read_score(path: Path) -> Row:
+def read_score(task: Task, path: Path) -> Row:
     """A score's file, as `score --out` and `run` write it.
 
     Raises:
-        ValueError: it has no metrics, counts and settings.
+        ValueError: it has no metrics, counts and settings, or its figure is no number.
     """
-    score = read_json(path)
+    content = read_json(path)
+    score = Record(content if isinstance(content, dict) else {}, str(path))
     for name in ("metrics", "counts", "settings"):
-        if not isinstance(score, dict) or not isinstance(score.get(name), dict):
+        if not isinstance(score.row.get(name), dict):
             raise ValueError(f"{path}: a score needs an object {name}: `sqllava eval score --out`")
-    return score
+    counts = score.record("counts")
+    for name in LEFT_OUT:
+        if counts.row.get(name) is not None:
+            counts.integer(name)
+    *parts, last = task.headline
+    metrics = score.record("metrics")
+    for part in parts:
+        metrics = metrics.record(part) if part in metrics.row else Record({}, metrics.where)
+    if not isinstance(metrics.row.get(last) or 0.0, int | float):
+        raise metrics.wrong(last, "a number")
+    return score.row
+
+
+def _read_items(path: Path) -> list[Row]:
+    """Items as `run` and `score` write them; ValueError names one of another form."""
+    records = read_lines(path)
+    for record in records:
+        if not isinstance(record.row.get("score") or 0.0, int | float):
+            raise record.wrong("score", "a number")
+    return [{**record.row, "image": record.optional_text("image")} for record in records]
 
 
 def _run_of(score: Row) -> Row:
@@ -85,7 +107,7 @@ def _run_of(score: Row) -> Row:
 
 def _left_out(counts: Row) -> int:
     """How many items have no part in the figure, or stand in it as no answer."""
-    return sum(counts.get(name) or 0 for name in ("missing", "failed", "failed_images"))
+    return sum(int(counts.get(name) or 0) for name in LEFT_OUT)
 
 
 def _row(task: Task, score: Row) -> Row:
@@ -132,8 +154,9 @@ def _html_table(rows: Sequence[Row]) -> str:
 def _section(task: Task, score: Row, items: Path, data: Path | None) -> str:
     """A task's part of the page: its figures, its settings and examples."""
     folder = _run_of(score).get("images")
-    images = Path(folder) if folder else data and data / task.layout.folder / task.layout.images
-    shown = examples(read_jsonl(items)) if items.is_file() else []
+    own = data and data / task.layout.folder / task.layout.images
+    images = Path(str(folder)) if folder else own
+    shown = examples(_read_items(items)) if items.is_file() else []
     cards = "".join(_card(item, images) for item in shown)
     numbers, settings = to_json(score["metrics"]), to_json(score["settings"])
     return (
@@ -166,7 +189,8 @@ def _spread(items: Sequence[Row], count: int) -> list[Row]:
 
 def _card(item: Row, images: Path | None) -> str:
     answers = item.get("answers") or item.get("answer") or ""
-    truth = " | ".join(dict.fromkeys(answers)) if isinstance(answers, list) else str(answers)
+    several = answers if isinstance(answers, list) else [answers]
+    truth = " | ".join(dict.fromkeys(map(str, several)))
     said = item.get("said", item.get("prediction")) or "(nothing)"
     verdict = "right" if _is_right(item) else "wrong"
     if item.get("score") is None:

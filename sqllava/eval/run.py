@@ -94,6 +94,8 @@ def run_task(
         The model, for the next task.
     """
     paths, shard = paths_of(task, args), shard_of(args)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, found {args.limit}")
     questions = task.read_questions(paths.questions)[: args.limit]
     decoding = decoding_of(task, args)
     job = Job(task.name, paths.questions, paths.images, paths.answers, decoding, args.bad_images)

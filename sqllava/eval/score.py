@@ -19,10 +19,11 @@ from sqllava.eval.records import (
     Row,
     failures,
     mean,
+    nulls,
     read_answers,
-    read_json,
+    read_record,
 )
-from sqllava.eval.tables import answers_of_sheet
+from sqllava.eval.tables import TABLES, answers_of_table
 from sqllava.eval.tasks.task import Inputs, Task
 
 logger = logging.getLogger(__name__)
@@ -59,14 +60,14 @@ class Score:
 
 
 def read_answers_file(path: Path) -> list[Row]:
-    """Reads answers from JSON lines or from a submitted Excel sheet."""
-    return answers_of_sheet(path) if path.suffix == ".xlsx" else read_answers(path)
+    """Reads answers from JSON lines or from a submitted sheet."""
+    return answers_of_table(path) if path.suffix in TABLES else read_answers(path)
 
 
 def header_of(answers: Path | None) -> Row:
     """What the run that made the answers recorded; nothing for answers from elsewhere."""
     path = answers and answers.with_name(f"{answers.stem}.header.json")
-    return read_json(path) if path and path.is_file() else {}
+    return read_record(path).row if path and path.is_file() else {}
 
 
 def headline(task: Task, metrics: Row) -> float | None:
@@ -105,6 +106,8 @@ def score(
     if answers is None and not judged:
         raise ValueError(f"{task.name} needs --answers")
     rows = read_answers_file(answers) if answers else []
+    if answers and not (rows or allow_missing or options.keys() & set(JUDGED)):
+        raise ValueError(f"{answers} holds no answers")
     inputs = Inputs(rows, annotations, questions, options, allow_missing)
     settings = {
         **{
@@ -117,6 +120,8 @@ def score(
         "run": header_of(answers),
     }
     counts: Row = {"answers": len(rows), "failed_images": failures(rows)}
+    if nulls(rows):
+        counts["null_answers"] = nulls(rows)
     try:
         items, missing = _judged(task, inputs)
     except NoAnswersError as error:
@@ -154,8 +159,10 @@ def _submitted(
     task: Task, inputs: Inputs, out: Path | None, reason: str, counts: Row, settings: Row
 ) -> Score:
     """Writes the file for the server, where the answers are not public."""
-    if task.submit is None or out is None:
-        raise ValueError(f"{reason}; there is nothing to score here")
+    if task.submit is None:
+        raise ValueError(reason)
+    if out is None:
+        raise ValueError(f"{reason}; write the upload with `sqllava eval submit {task.name}`")
     task.submit(inputs, out)
     note = f"{reason}; wrote {out} for the benchmark's server"
     logger.warning("%s", note)

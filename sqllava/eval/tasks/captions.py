@@ -1,24 +1,41 @@
 """Captioning: COCO, Flickr30k, NoCaps and Conceptual Captions, scored by the COCO caption tool."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqllava.eval.fields import Record, listed
 from sqllava.eval.metrics.captions import PUBLISHED_WORDS, caption_items, caption_metrics
 from sqllava.eval.records import (
     Metrics,
+    NoAnswersError,
     Row,
     by_question_id,
     grouped,
     join,
     mean,
+    open_text,
     read_json,
-    read_jsonl,
+    read_lines,
+    read_record,
     text_of,
     write_jsonl,
+    write_text,
 )
-from sqllava.eval.tasks.task import File, Inputs, Layout, Option, Task, read_llava_questions
+from sqllava.eval.tasks.task import (
+    UPLOAD,
+    File,
+    Inputs,
+    Layout,
+    Option,
+    Task,
+    read_llava_questions,
+    write_pretty,
+)
+
+logger = logging.getLogger(__name__)
 
 # The prompt of the published question files is not known; this is TextCaps' in LLaVA's data.
 PROMPT = "Provide a one-sentence caption for the provided image."
@@ -27,10 +44,18 @@ DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 @dataclass(frozen=True)
 class Reference:
-    """A picture's captions."""
+    """A picture's captions.
+
+    Attributes:
+        question_id: what a question about it is called, where there is no question file: its number
+            in a list, its id in the other forms.
+        captions: none in a split whose captions are not public.
+        domain: of NoCaps.
+    """
 
     image: str
     captions: tuple[str, ...]
+    question_id: str
     domain: str | None = None
 
     @property
@@ -41,7 +66,8 @@ class Reference:
 def image_key(name: str) -> str:
     """What a picture is called in all files: its COCO number, or its name without the ending."""
     last = Path(name).stem.split("_")[-1]
-    return str(int(last)) if last.isdigit() else Path(name).stem
+    is_number = last.isascii() and last.isdecimal()
+    return (last.lstrip("0") or "0") if is_number else Path(name).stem
 
 
 def read_references(path: Path, split: str = "test") -> list[Reference]:
@@ -51,49 +77,88 @@ def read_references(path: Path, split: str = "test") -> list[Reference]:
         path: a list of {image, caption} (the Karpathy files of BLIP), COCO's caption file (NoCaps
             too), Karpathy's dataset_*.json, or JSON lines with image and label or caption.
         split: which split of Karpathy's file.
+
+    Raises:
+        ValueError: it is none of these; the message says where.
     """
     if path.suffix == ".jsonl":
-        return [_listed(number, row) for number, row in enumerate(read_jsonl(path))]
-    content = read_json(path)
-    if isinstance(content, list):
-        return [_listed(number, row) for number, row in enumerate(content)]
-    if "annotations" in content:
-        return _of_coco(content)
+        found = [_listed(number, record) for number, record in enumerate(read_lines(path))]
+    elif isinstance(content := read_json(path), list):
+        records = listed(content, str(path))
+        found = [_listed(number, record) for number, record in enumerate(records)]
+    else:
+        found = _of_file(read_record(path), split)
+    if not found:
+        raise ValueError(f"{path} holds no pictures")
+    return found
+
+
+def _listed(number: int, record: Record) -> Reference:
+    name = "caption" if "caption" in record.row else "label"
+    image = record.text("image") if "image" in record.row else str(number)
+    if name not in record.row:
+        raise record.fault("expected a caption or a label")
+    several = isinstance(record.row[name], list)
+    captions = record.texts(name) if several else [record.text(name)]
+    return Reference(image, tuple(captions), str(number))
+
+
+def _of_file(content: Record, split: str) -> list[Reference]:
+    """The references in COCO's form, or in Karpathy's."""
+    if "annotations" not in content.row and "images" not in content.row:
+        raise content.fault("expected `images` and `annotations` of COCO, or Karpathy's `images`")
+    images = content.records("images") if "images" in content.row else None
+    if "annotations" in content.row or not any("sentences" in image.row for image in images or []):
+        return _of_coco(content, images)
+    splits = [image.text("split") for image in images or []]
+    if split not in splits:
+        raise ValueError(f"{content.where} has no split {split!r}; there are {sorted(set(splits))}")
     return [
-        Reference(image["filename"], tuple(sentence["raw"] for sentence in image["sentences"]))
-        for image in content["images"]
-        if image["split"] == split
+        Reference(
+            image.text("filename"),
+            tuple(sentence.text("raw") for sentence in image.records("sentences")),
+            str(image.id("imgid")) if "imgid" in image.row else image.text("filename"),
+        )
+        for image, own in zip(images or [], splits, strict=True)
+        if own == split
     ]
 
 
-def _listed(number: int, row: Row) -> Reference:
-    given = row.get("caption", row.get("label"))
-    if given is None:
-        raise ValueError(f"record {number}: expected a caption or a label, found {list(row)}")
-    captions = (given,) if isinstance(given, str) else tuple(given)
-    return Reference(row.get("image", str(number)), captions)
+def _of_coco(content: Record, images: list[Record] | None) -> list[Reference]:
+    """As COCO's own reader: what is listed counts, and captions of other pictures do not.
 
-
-def _of_coco(content: Mapping[str, Any]) -> list[Reference]:
-    captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
-    for annotation in content["annotations"]:
-        captions[annotation["image_id"]].append(annotation["caption"])
+    Without a list, every picture with a caption counts.
+    """
+    annotations = content.records("annotations") if "annotations" in content.row else []
+    captions: dict[str, list[str]] = {}
+    for annotation in annotations:
+        name = str(annotation.id("image_id"))
+        captions.setdefault(name, []).append(annotation.text("caption"))
+    if images is None:
+        return [Reference(name, tuple(texts), name) for name, texts in captions.items()]
+    ids = [str(image.id("id")) for image in images]
+    strange = captions.keys() - set(ids)
+    if strange:
+        logger.warning(
+            "%s: captions of %d pictures that `images` does not list are left out, such as %s",
+            *(content.where, len(strange), min(strange)),
+        )
     return [
         Reference(
-            image.get("file_name", str(image["id"])),
-            tuple(captions[image["id"]]),
-            image.get("domain"),
+            image.optional_text("file_name") or name,
+            tuple(captions.get(name, ())),
+            name,
+            image.optional_text("domain"),
         )
-        for image in content["images"]
+        for name, image in zip(ids, images, strict=True)
     ]
 
 
 def judge(inputs: Inputs) -> list[Row]:
     """One item per picture, joined by its name; without a question file, by its number or id."""
     references = _wanted(read_references(inputs.annotations), inputs.options.get("domain"))
-    by_key = {reference.key: reference for reference in references}
-    if len(by_key) != len(references):
-        raise ValueError(f"{inputs.annotations}: some pictures are there more than once")
+    _check_captions(inputs.annotations, references)
+    by_key = _by_key(inputs.annotations, references)
     key_of = _keys(inputs, references)
     answers = join(
         inputs.answers, by_key, lambda row: key_of(by_question_id(row)), inputs.allow_missing
@@ -121,32 +186,47 @@ def _wanted(references: list[Reference], domain: str | None) -> list[Reference]:
     return kept
 
 
+def _check_captions(path: Path, references: Sequence[Reference]) -> None:
+    """Checks that every picture has captions: COCO's tool stops at one that has none."""
+    bare = [reference.image for reference in references if not reference.captions]
+    if len(bare) == len(references):
+        raise NoAnswersError(
+            f"{path} has no captions: they are not public, and only the benchmark's server can "
+            "score this split"
+        )
+    if bare:
+        raise ValueError(
+            f"{path}: {len(bare)} of {len(references)} pictures have no captions, such as "
+            f"{bare[0]!r}: the COCO caption tool cannot score these; take them out of the file, "
+            "and their answers out of the answers"
+        )
+
+
+def _by_key(path: Path, references: Sequence[Reference]) -> dict[str, Reference]:
+    by_key: dict[str, Reference] = {}
+    for reference in references:
+        other = by_key.setdefault(reference.key, reference)
+        if other is not reference:
+            raise ValueError(f"{path}: {other.image!r} and {reference.image!r} are one picture")
+    return by_key
+
+
 def _keys(inputs: Inputs, references: Sequence[Reference]) -> Callable[[str], str]:
     """How a question's id leads to a picture."""
-    if inputs.questions is not None:
+    if inputs.questions is None:
+        named = {reference.question_id: reference.image for reference in references}
+    else:
         questions = read_llava_questions(inputs.questions)
         named = {str(question.question_id): question.image or "" for question in questions}
-    elif isinstance(_content_of(inputs.annotations), list):
-        named = {str(number): reference.image for number, reference in enumerate(references)}
-    else:
-        content = _content_of(inputs.annotations)
-        named = {
-            str(image.get("id", image.get("imgid"))): image.get("file_name")
-            or image.get("filename")
-            or str(image["id"])
-            for image in content["images"]
-        }
 
     def key(question_id: str) -> str:
         if question_id not in named:
-            raise ValueError(f"no picture is known for question {question_id!r}: pass --questions")
+            source = inputs.questions or inputs.annotations
+            more = ": pass --questions" * (inputs.questions is None)
+            raise ValueError(f"{source}: no picture is known for question {question_id!r}{more}")
         return image_key(named[question_id])
 
     return key
-
-
-def _content_of(path: Path) -> Any:
-    return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
 
 
 def summarize(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:
@@ -188,6 +268,32 @@ def resample(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:
     return {**means, "by_domain": by_domain}
 
 
+def submit(inputs: Inputs, out: Path) -> None:
+    """Writes COCO's result file, which NoCaps' and COCO's servers want: a caption by picture id.
+
+    The id is the one in `images`; in lists it is the picture's number, or its name.
+    """
+    references = read_references(inputs.annotations)
+    by_key = _by_key(inputs.annotations, references)
+    key_of = _keys(inputs, references)
+    answers = join(
+        inputs.answers, by_key, lambda row: key_of(by_question_id(row)), forgiving=UPLOAD
+    )
+    numbered = isinstance(read_json(inputs.annotations), dict)
+    rows = [
+        {
+            "image_id": _number(by_key[key].question_id if numbered else key),
+            "caption": text_of(row),
+        }
+        for key, row in answers.items()
+    ]
+    write_text(out, write_pretty(rows))
+
+
+def _number(name: str) -> int | str:
+    return int(name) if name.isascii() and name.isdecimal() and len(name) < 20 else name
+
+
 def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:
     """Makes the question file from any of the forms of captions."""
     references = _wanted(read_references(source), options.get("domain"))
@@ -207,16 +313,27 @@ def prepare_conceptual(source: Path, out: Path, options: Mapping[str, Any]) -> i
     Many of its addresses are dead: with --images only the pictures that are there are asked about.
     """
     pattern, folder = options.get("pattern") or "{:08d}.jpg", options.get("images")
+    with open_text(source, newline="\n") as file:
+        lines = file.read().split("\n")
     rows = []
-    for number, line in enumerate(source.read_text(encoding="utf-8").split("\n")):
-        caption = line.split("\t")[0]
-        name = pattern.format(number)
+    for number, line in enumerate(lines):
+        caption = line.rstrip("\r").split("\t")[0]
+        name = _pictures_name(pattern, number)
         if not line.strip() or folder and not (Path(folder) / name).is_file():
             continue
         text = options.get("prompt") or PROMPT
         rows.append({"question_id": number, "image": name, "text": text, "label": caption})
     write_jsonl(out, rows)
     return len(rows)
+
+
+def _pictures_name(pattern: str, number: int) -> str:
+    try:
+        return pattern.format(number)
+    except (ValueError, LookupError) as error:
+        raise ValueError(
+            f"--pattern {pattern!r} names no picture ({error!r}): write it as {{:08d}}.jpg"
+        ) from None
 
 
 PROMPT_OPTION = Option("--prompt", f"what to ask; scores depend on it ({PROMPT!r})", kind=str)
@@ -247,6 +364,8 @@ def _task(
         judge=judge,
         summarize=summarize,
         resample=resample,
+        submission="JSON list of {image_id, caption}, COCO's result form",
+        submit=submit,
         prepare=prepare,
         prepare_options=(PROMPT_OPTION, *options, *prepare_options),
         options=(

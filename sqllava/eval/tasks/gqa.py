@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqllava.eval.fields import Record
 from sqllava.eval.metrics.gqa import entailed_ids, gqa_items, gqa_metrics, prediction_of
 from sqllava.eval.records import (
     Metrics,
     Row,
     by_question_id,
+    check_answered,
     join,
-    read_json,
+    read_record,
     text_of,
     write_jsonl,
     write_text,
@@ -39,7 +41,7 @@ def judge(inputs: Inputs) -> list[Row]:
     --consistency it is given only where all of them are there.
     """
     path = file_in(inputs.annotations, QUESTIONS)
-    questions = read_json(path)
+    questions = _checked(path)
     balanced = [name for name, question in questions.items() if question["isBalanced"]]
     known = [row for row in inputs.answers if by_question_id(row) in questions]
     strange = [row for row in inputs.answers if by_question_id(row) not in questions]
@@ -52,7 +54,7 @@ def judge(inputs: Inputs) -> list[Row]:
     items = gqa_items(
         questions,
         predictions,
-        _choices(path.parent),
+        _choices(path.parent, balanced),
         _looks_at_entailed(questions, predictions, bool(inputs.options.get("consistency"))),
     )
     for item in items:
@@ -61,10 +63,44 @@ def judge(inputs: Inputs) -> list[Row]:
     return items
 
 
-def _choices(folder: Path) -> Any:
+def _checked(path: Path) -> dict[str, Row]:
+    """The questions by id, with all that the official figures look at."""
+    entries = read_record(path).named()
+    check_answered(path, list(entries.values()), "answer")
+    return {name: _question(entry) for name, entry in entries.items()}
+
+
+def _question(entry: Record) -> Row:
+    types = entry.record("types")
+    steps = [
+        {"operation": step.text("operation"), "argument": step.text("argument")}
+        for step in entry.records("semantic")
+    ]
+    question: Row = {
+        "question": entry.text("question"),
+        "answer": entry.text("answer"),
+        "isBalanced": entry.flag("isBalanced"),
+        "types": {
+            "structural": types.text("structural"),
+            "semantic": types.text("semantic"),
+            "detailed": types.optional_text("detailed"),
+        },
+        "groups": {"global": entry.record("groups").optional_text("global")},
+        "semantic": steps,
+        "entailed": entry.texts("entailed") if "entailed" in entry.row else [],
+    }
+    return question | ({"imageId": entry.text("imageId")} if "imageId" in entry.row else {})
+
+
+def _choices(folder: Path, asked: Sequence[str]) -> dict[str, Row] | None:
     for name in CHOICES:
         if (folder / name).is_file():
-            return read_json(folder / name)
+            choices = read_record(folder / name)
+            entries = {question: choices.record(question) for question in asked}
+            return {
+                question: {kind: entry.texts(kind) for kind in ("valid", "plausible")}
+                for question, entry in entries.items()
+            }
     return None
 
 
@@ -100,11 +136,11 @@ def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:
     rows = [
         {
             "question_id": name,
-            "image": f"{question['imageId']}.jpg",
-            "text": question["question"] + SHORT_ANSWER,
+            "image": f"{question.id('imageId')}.jpg",
+            "text": question.text("question") + SHORT_ANSWER,
             "category": "default",
         }
-        for name, question in read_json(file_in(source, QUESTIONS)).items()
+        for name, question in read_record(file_in(source, QUESTIONS)).named().items()
     ]
     write_jsonl(out, rows)
     return len(rows)

@@ -1,11 +1,12 @@
 """MMBench and MMBench-CN: multiple choice, asked once for each turn of a question's options."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqllava.eval.fields import Record
 from sqllava.eval.metrics.choices import match_mmbench, match_mmbench_2023
+from sqllava.eval.pictures import load_cell, picture_bytes
 from sqllava.eval.records import (
     Metrics,
     NoAnswersError,
@@ -15,14 +16,15 @@ from sqllava.eval.records import (
     grouped,
     join,
     percent,
-    read_jsonl,
+    read_lines,
     text_of,
     write_jsonl,
 )
-from sqllava.eval.tables import read_table, write_sheet
+from sqllava.eval.tables import Cells, index_of, read_table, write_sheet
 from sqllava.eval.tasks.task import (
     OPTION_LETTER,
     OPTION_LETTER_CN,
+    UPLOAD,
     File,
     Inputs,
     Layout,
@@ -30,6 +32,7 @@ from sqllava.eval.tasks.task import (
     Task,
     option_lines,
 )
+from sqllava.pixels import ImageError
 
 # A copy with turned options has the index of its question plus a multiple of this.
 TURN = 1_000_000
@@ -65,16 +68,18 @@ def options_of(row: Mapping[str, str], pandas_missing: bool = False) -> dict[str
     return found
 
 
-def _question(row: Mapping[str, str], suffix: str, pandas_missing: bool) -> Question:
+def _question(
+    index: int, row: Mapping[str, str], picture: str, suffix: str, pandas_missing: bool
+) -> Question:
     options = options_of(row, pandas_missing)
     hint = row.get("hint", "")
     hint = "" if hint.lower() in ("", "nan", "none") else hint + "\n"
     prompt = hint + row["question"] + option_lines(list(options.values()))
     return Question(
-        int(row["index"]),
+        index,
         prompt + suffix,
         prompt=prompt,
-        image_base64=row.get("image"),
+        image_base64=picture,
         extra={
             "round_id": 0,
             "options": list(options.values()),
@@ -86,18 +91,49 @@ def _question(row: Mapping[str, str], suffix: str, pandas_missing: bool) -> Ques
 def _read(path: Path, suffix: str, pandas_missing: bool = False) -> list[Question]:
     """Reads the TSV, with its pictures in it, or what `prepare` made of it."""
     if path.suffix == ".jsonl":
-        return [_prepared(row) for row in read_jsonl(path)]
-    rows = read_table(path)
-    pictures = {row["index"]: row.get("image", "") for row in rows}
-    for row in rows:
-        if 0 < len(pictures[row["index"]]) <= SHORTEST_PICTURE:
-            row["image"] = pictures[row["image"]]
-    return [_question(row, suffix, pandas_missing) for row in rows]
+        return [_prepared(record) for record in read_lines(path)]
+    rows = _rows(path, ("index", "question", "image"))
+    return [
+        _question(index, row, _picture(rows, row["image"]), suffix, pandas_missing)
+        for index, row in rows.items()
+    ]
 
 
-def _prepared(row: Row) -> Question:
-    extra = {name: row[name] for name in ("round_id", "options", "option_char")}
-    return Question(row["question_id"], row["text"], row["image"], row["prompt"], extra=extra)
+def _rows(path: Path, needed: Sequence[str]) -> dict[int, Cells]:
+    """A table's rows by index.
+
+    Raises:
+        ValueError: a column is missing, or an index is none or there twice; the message says where.
+    """
+    rows: dict[int, Cells] = {}
+    for number, row in enumerate(read_table(path, needed), 2):
+        index = index_of(row, f"{path}, row {number}")
+        if index in rows:
+            raise ValueError(f"{path}, row {number}: index {index} is there twice")
+        rows[index] = row
+    return rows
+
+
+def _picture(rows: Mapping[int, Cells], cell: str) -> str:
+    """The picture that a cell holds, or that of the row whose index it holds."""
+    is_index = len(cell) <= SHORTEST_PICTURE and cell.isascii() and cell.isdecimal()
+    if is_index and int(cell) in rows:
+        return rows[int(cell)]["image"]
+    return cell
+
+
+def _prepared(record: Record) -> Question:
+    return Question(
+        record.id("question_id"),
+        record.text("text"),
+        record.text("image"),
+        record.text("prompt"),
+        extra={
+            "round_id": record.integer("round_id"),
+            "options": record.texts("options"),
+            "option_char": record.texts("option_char"),
+        },
+    )
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -110,13 +146,10 @@ def read_questions_cn(path: Path) -> list[Question]:
 
 def judge(inputs: Inputs) -> list[Row]:
     """One item per question: right if all its turns are; `plain` is the first turn alone."""
-    table = read_table(inputs.annotations)
-    if not any(row.get("answer") for row in table):
-        raise NoAnswersError(f"{inputs.annotations} has no answers: it is a test split")
-    rows = {row["index"]: row for row in table}
-    answers = join(
-        inputs.answers, [row["index"] for row in table], by_question_id, inputs.allow_missing
-    )
+    rows = _rows(inputs.annotations, ("index", "question"))
+    _check_letters(inputs.annotations, rows)
+    found = join(inputs.answers, map(str, rows), by_question_id, inputs.allow_missing)
+    answers = {int(index): answer for index, answer in found.items()}
     match = MATCHING[inputs.options.get("matching") or "vlmevalkit"]
     pandas_missing = bool(inputs.options.get("pandas_missing"))
     turns: dict[int, list[Row]] = {}
@@ -124,14 +157,30 @@ def judge(inputs: Inputs) -> list[Row]:
         row = rows[index]
         said = text_of(answer)
         matched = match(said, options_of(row, pandas_missing))
-        turn = {"index": int(index), "said": said, "matched": matched, "answer": row["answer"]}
-        turns.setdefault(int(index) % TURN, []).append(turn)
+        turn = {"index": index, "said": said, "matched": matched, "answer": row["answer"]}
+        turns.setdefault(index % TURN, []).append(turn)
     return [_item(base, rows, group) for base, group in turns.items()]
 
 
-def _item(base: int, rows: Mapping[str, Mapping[str, str]], turns: list[Row]) -> Row:
+def _check_letters(path: Path, rows: Mapping[int, Cells]) -> None:
+    """Checks that each row has its right letter; what pandas writes for none is none."""
+    for row in rows.values():
+        row["answer"] = row.get("answer", "").strip()
+    if all(row["answer"] in PANDAS_MISSING for row in rows.values()):
+        raise NoAnswersError(
+            f"{path} has no public answers: only the benchmark's server can score this split"
+        )
+    for index, row in rows.items():
+        if len(row["answer"]) != 1 or row["answer"] not in OPTION_COLUMNS:
+            raise ValueError(
+                f"{path}, index {index}: answer must be one of {', '.join(OPTION_COLUMNS)}, "
+                f"found {row['answer']!r}"
+            )
+
+
+def _item(base: int, rows: Mapping[int, Cells], turns: list[Row]) -> Row:
     first = next((turn for turn in turns if turn["index"] == base), turns[0])
-    row = rows[str(first["index"])]
+    row = rows[first["index"]]
     return {
         "question_id": base,
         "prompt": row["question"] + option_lines(list(options_of(row).values())),
@@ -159,23 +208,32 @@ def summarize(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:
 
 def submit(inputs: Inputs, out: Path) -> None:
     """Writes the server's Excel file: the TSV's rows without pictures, with the predictions."""
-    table = read_table(inputs.annotations)
-    answers = join(inputs.answers, [row["index"] for row in table], by_question_id)
+    table = _rows(inputs.annotations, ("index", "question"))
+    found = join(inputs.answers, map(str, table), by_question_id, forgiving=UPLOAD)
+    answers = {int(index): answer for index, answer in found.items()}
     rows = [
-        {**row, "index": int(row["index"]), "prediction": text_of(answers[row["index"]])}
-        for row in table
+        {**row, "index": index, "prediction": text_of(answers[index])}
+        for index, row in table.items()
     ]
-    there = set(table[0]) | {*OPTION_COLUMNS, "answer", "prediction"}
+    there = set(rows[0]) | {*OPTION_COLUMNS, "answer", "prediction"}
     write_sheet(out, [name for name in KEPT if name in there], rows)
 
 
 def _prepare(source: Path, out: Path, options: Mapping[str, Any], suffix: str) -> int:
+    """Writes nothing before every picture has been decoded."""
     folder = out.parent / f"{out.stem}_images"
-    folder.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, bytes] = {}
     rows = []
+    if source.suffix == ".jsonl":
+        raise ValueError(f"{source} is prepared already: expected the benchmark's table")
     for question in _read(source, suffix, bool(options.get("pandas_missing"))):
         name = f"{folder.name}/{int(question.question_id) % TURN}.jpg"
-        (out.parent / name).write_bytes(base64.b64decode(question.image_base64 or ""))
+        if name not in pictures:
+            try:
+                pictures[name] = picture_bytes(question.image_base64 or "")
+                load_cell(question.image_base64 or "")
+            except ImageError as error:
+                raise ValueError(f"{source}, index {question.question_id}: {error}") from None
         rows.append(
             {
                 "question_id": question.question_id,
@@ -185,6 +243,9 @@ def _prepare(source: Path, out: Path, options: Mapping[str, Any], suffix: str) -
                 **question.extra,
             }
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in pictures.items():
+        (out.parent / name).write_bytes(data)
     write_jsonl(out, rows)
     return len(rows)
 

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from sqllava.eval.metrics.yesno import COGNITION, PERCEPTION, mme_metrics, parse_mme
-from sqllava.eval.records import Metrics, Row, join, text_of, write_jsonl, write_text
+from sqllava.eval.records import (
+    Metrics,
+    Row,
+    by_question_id,
+    join,
+    open_text,
+    prompt_of,
+    text_of,
+    write_jsonl,
+    write_text,
+)
 from sqllava.eval.tasks.task import (
     EVAL_ZIP,
     SHORT_ANSWER,
@@ -66,7 +76,7 @@ def _lines(folder: Path, subtask: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with open_text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, line.rstrip("\r\n")
@@ -125,8 +135,8 @@ _SPACES = str.maketrans("\t\n\r", "   ")
 
 
 def _key(row: Row) -> Key:
-    path = Path(str(row["question_id"]))
-    return path.parts[0], path.stem, plain_question(row["prompt"])
+    path = Path(by_question_id(row))
+    return path.parts[0] if path.parts else "", path.stem, plain_question(prompt_of(row))
 
 
 def summarize(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:

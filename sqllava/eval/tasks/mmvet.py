@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqllava.eval.fields import Record
 from sqllava.eval.metrics.judged import mmvet_metrics
 from sqllava.eval.records import (
     Metrics,
@@ -11,6 +12,7 @@ from sqllava.eval.records import (
     by_question_id,
     join,
     read_json,
+    read_record,
     text_of,
     write_json,
     write_jsonl,
@@ -168,17 +170,22 @@ def submit(inputs: Inputs, out: Path) -> None:
 
 def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:
     """Makes llava-mm-vet.jsonl from mm-vet.json."""
-    rows = [
-        {
-            "image": entry["imagename"],
-            "text": entry["question"],
-            "category": "conv",
-            "question_id": int(name.removeprefix(PREFIX)),
-        }
-        for name, entry in read_entries(source).items()
-    ]
+    entries = read_record(_file_in(source, ANNOTATIONS)).named()
+    rows = [_row(name, entry) for name, entry in entries.items()]
     write_jsonl(out, rows)
     return len(rows)
+
+
+def _row(name: str, entry: Record) -> Row:
+    number = name.removeprefix(PREFIX)
+    if not (number.isascii() and number.isdecimal()):
+        raise ValueError(f"{entry.where}: expected an id such as {PREFIX}0, found {name!r}")
+    return {
+        "image": entry.text("imagename"),
+        "text": entry.text("question"),
+        "category": "conv",
+        "question_id": int(number),
+    }
 
 
 TASK = Task(

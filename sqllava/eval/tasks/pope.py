@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqllava.eval.fields import Record
 from sqllava.eval.metrics.yesno import parse_pope, pope_metrics
 from sqllava.eval.records import (
     Metrics,
     Row,
     by_question_id,
     join,
-    read_jsonl,
+    read_lines,
     text_of,
     write_jsonl,
 )
@@ -29,16 +31,55 @@ PREFIX = "coco_pope_"
 # Where LLaVA's question file starts each list's ids.
 FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
 
-Labels = dict[str, list[Row]]
-Asked = dict[str, tuple[str, Row]]
+
+@dataclass(frozen=True)
+class Label:
+    """A row of a list of POPE's.
+
+    Attributes:
+        answer: "yes" or "no".
+    """
+
+    question_id: int | str
+    image: str
+    text: str
+    answer: str
+    where: str
+
+    @property
+    def content(self) -> tuple[str, str]:
+        return _content(self.image, self.text)
+
+
+Labels = dict[str, list[Label]]
+Asked = dict[str, tuple[str, Label]]
 
 
 def read_labels(folder: Path) -> Labels:
-    """The rows of each coco_pope_*.json (JSON lines, despite the name), by list."""
+    """The rows of each coco_pope_*.json (JSON lines, despite the name), by list.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: a row is none of POPE's, or its label neither yes nor no.
+    """
     paths = sorted(folder.glob(f"{PREFIX}*.json")) or sorted(folder.glob(f"coco/{PREFIX}*.json"))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no {PREFIX}*.json")
-    return {path.stem.removeprefix(PREFIX): read_jsonl(path) for path in paths}
+    return {
+        path.stem.removeprefix(PREFIX): [_label(record) for record in read_lines(path)]
+        for path in paths
+    }
+
+
+def _label(record: Record) -> Label:
+    """A row; other toolkits write "Yes", or call the label an answer."""
+    name = "answer" if "label" not in record.row and "answer" in record.row else "label"
+    answer = record.text(name).strip().lower()
+    if answer not in ("yes", "no"):
+        raise record.wrong(name, "yes or no")
+    return Label(
+        record.id("question_id"), record.text("image"), record.text("text"), answer, record.where
+    )
 
 
 def judge(inputs: Inputs) -> list[Row]:
@@ -59,28 +100,32 @@ def _by_content(labels: Labels, questions: Path) -> Asked:
     """
     asked: Asked = {}
     read_llava_questions(questions)  # checks the records
-    rows = read_jsonl(questions)
-    for split in sorted({str(row.get("category")) for row in rows} | set(labels)):
-        ours = [row for row in rows if str(row.get("category")) == split]
+    rows = read_lines(questions)
+    for split in sorted({str(row.row.get("category")) for row in rows} | set(labels)):
+        ours = {
+            str(row.id("question_id")): _content(row.text("image"), row.text("text"))
+            for row in rows
+            if str(row.row.get("category")) == split
+        }
         if split not in labels:
-            raise ValueError(f"{questions}: category {split!r} has no {PREFIX}{split}.json")
-        found: dict[tuple[str, str], Row] = {}
-        for row in labels[split]:
-            if found.setdefault(_content(row), row)["label"] != row["label"]:
-                raise ValueError(f"{PREFIX}{split}.json labels {_content(row)} both yes and no")
-        if Counter(map(_content, ours)) != Counter(map(_content, labels[split])):
-            same = sum(_content(row) in found for row in ours)
+            raise ValueError(f"{questions}: category {split!r} has no list ({PREFIX}*.json)")
+        found: dict[tuple[str, str], Label] = {}
+        for label in labels[split]:
+            if found.setdefault(label.content, label).answer != label.answer:
+                raise ValueError(f"{label.where}: {label.content} is labelled both yes and no")
+        if Counter(ours.values()) != Counter(label.content for label in labels[split]):
+            same = sum(content in found for content in ours.values())
             raise ValueError(
                 f"{PREFIX}{split}.json does not belong to {questions}: {len(ours)} questions, "
                 f"{len(labels[split])} labels, {same} in common. LLaVA's questions are those of "
                 "POPE's commit e3e3926"
             )
-        asked |= {by_question_id(row): (split, found[_content(row)]) for row in ours}
+        asked |= {name: (split, found[content]) for name, content in ours.items()}
     return asked
 
 
-def _content(row: Row) -> tuple[str, str]:
-    return Path(row["image"]).name, _plain(row["text"])
+def _content(image: str, text: str) -> tuple[str, str]:
+    return Path(image).name, _plain(text)
 
 
 def _plain(text: str) -> str:
@@ -90,38 +135,46 @@ def _plain(text: str) -> str:
 
 def _by_id(labels: Labels, answers: Sequence[Row]) -> Asked:
     """Each question's label by its own id, or by LLaVA's numbering where the lists share ids."""
-    times = Counter(by_question_id(row) for rows in labels.values() for row in rows)
+    times = Counter(str(label.question_id) for found in labels.values() for label in found)
     shared = any(count > 1 for count in times.values())
     unknown = sorted(set(labels) - set(FIRST_ID))
     if shared and unknown:
         raise ValueError(f"lists {unknown} share their ids with others: pass --questions")
-    asked = {
-        str(row["question_id"] + FIRST_ID[split] if shared else row["question_id"]): (split, row)
-        for split, rows in labels.items()
-        for row in rows
-    }
+    asked: Asked = {}
+    for split, found in labels.items():
+        for label in found:
+            name = str(_llava_id(split, label) if shared else label.question_id)
+            if name in asked:
+                raise ValueError(f"{label.where}: question_id {label.question_id!r} is there twice")
+            asked[name] = (split, label)
     for answer in answers:
-        split, row = asked.get(by_question_id(answer), (None, None))
-        if row and answer.get("prompt") and _plain(answer["prompt"]) != _plain(row["text"]):
+        asking = asked.get(by_question_id(answer))
+        said = _plain(answer.get("prompt") or "")
+        if asking and said and said != _plain(asking[1].text):
             raise ValueError(
-                f"question {answer['question_id']} was {_plain(answer['prompt'])!r}, but "
-                f"{PREFIX}{split}.json has {row['text']!r}: it is of another commit"
+                f"question {answer['question_id']} was {said!r}, but {asking[1].where} has "
+                f"{asking[1].text!r}: it is of another commit"
             )
     return asked
 
 
-def _item(name: str, split: str, label: Row, row: Row | None) -> Row:
-    answer = "no" if label["label"] == "no" else "yes"
+def _llava_id(split: str, label: Label) -> int:
+    """A question's id in LLaVA's file, which counts on from a number for each list."""
+    number = Record({"question_id": label.question_id}, label.where).integer("question_id")
+    return FIRST_ID.get(split, 0) + number
+
+
+def _item(name: str, split: str, label: Label, row: Row | None) -> Row:
     prediction = parse_pope(text_of(row))
     return {
         "question_id": name,
         "split": split,
-        "image": label["image"],
-        "prompt": label["text"],
+        "image": label.image,
+        "prompt": label.text,
         "said": text_of(row),
         "prediction": prediction,
-        "answer": answer,
-        "score": float(prediction == answer),
+        "answer": label.answer,
+        "score": float(prediction == label.answer),
     }
 
 
@@ -135,13 +188,13 @@ def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:
     labels = read_labels(source)
     rows = [
         {
-            "question_id": FIRST_ID.get(split, 0) + row["question_id"],
-            "image": row["image"],
-            "text": row["text"] + SHORT_ANSWER,
+            "question_id": _llava_id(split, label),
+            "image": label.image,
+            "text": label.text + SHORT_ANSWER,
             "category": split,
         }
         for split in sorted(labels, key=lambda split: FIRST_ID.get(split, 0))
-        for row in labels[split]
+        for label in labels[split]
     ]
     write_jsonl(out, rows)
     return len(rows)

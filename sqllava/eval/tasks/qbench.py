@@ -4,17 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqllava.eval.fields import Record
 from sqllava.eval.metrics.choices import qbench_right, qbench_right_strictly
 from sqllava.eval.records import (
     Metrics,
-    NoAnswersError,
     Question,
     Row,
     by_question_id,
+    check_answered,
     grouped,
     join,
     mean,
-    read_json,
+    read_list,
     write_jsonl,
 )
 from sqllava.eval.tasks.task import LETTERS, File, Inputs, Layout, Task
@@ -30,11 +31,18 @@ def _read(path: Path, choose: str) -> list[Question]:
     return [
         Question(
             number,
-            record["question"] + choose + _options(record["candidates"]),
-            record["img_path"],
+            record.text("question") + choose + _options(record.texts("candidates")),
+            record.text("img_path"),
         )
-        for number, record in enumerate(read_json(path))
+        for number, record in enumerate(_records(path))
     ]
+
+
+def _records(path: Path) -> list[Record]:
+    records = read_list(path)
+    if not records:
+        raise ValueError(f"{path} holds no questions")
+    return records
 
 
 def _options(candidates: Sequence[str]) -> str:
@@ -51,17 +59,20 @@ def read_questions_zh(path: Path) -> list[Question]:
     return _read(path, CHOOSE_ZH)
 
 
-def _joined(inputs: Inputs) -> list[tuple[int, Row, str]]:
+def _joined(inputs: Inputs) -> list[tuple[int, Record, str]]:
     """(number, record, response) for each record; takes our answers and the published form."""
-    records = read_json(inputs.annotations)
-    places: dict[tuple[str, str], int] = {
-        (record["img_path"], record["question"]): number for number, record in enumerate(records)
+    records = _records(inputs.annotations)
+    places = {
+        (record.text("img_path"), record.text("question")): number
+        for number, record in enumerate(records)
     }
 
     def number_of(row: Row) -> str:
         if "question_id" in row:
             return by_question_id(row)
-        return str(places.get((row["img_path"], row["question"]), row["img_path"]))
+        answer = Record(row, f"the answer about {row['img_path']!r}")
+        place = answer.text("img_path"), answer.text("question")
+        return str(places.get(place, place[0]))
 
     names = [str(number) for number in range(len(records))]
     answers = join(inputs.answers, names, number_of, inputs.allow_missing)
@@ -75,23 +86,24 @@ def _response(row: Row | None) -> str:
 def judge(inputs: Inputs) -> list[Row]:
     """One item per record."""
     joined = _joined(inputs)
-    if not all("correct_ans" in record for _, record, _ in joined):
-        raise NoAnswersError(f"{inputs.annotations} has no correct_ans: it is the test split")
+    check_answered(inputs.annotations, [record for _, record, _ in joined], "correct_ans")
     return [_item(*one) for one in joined]
 
 
-def _item(number: int, record: Row, response: str) -> Row:
-    known = record["candidates"], record["correct_ans"]
+def _item(number: int, record: Record, response: str) -> Row:
+    candidates, answer = record.texts("candidates"), record.text("correct_ans")
+    if answer not in candidates:
+        raise record.wrong("correct_ans", f"one of {candidates}")
     return {
         "question_id": number,
-        "image": record["img_path"],
-        "prompt": record["question"] + "\n" + _options(record["candidates"]),
+        "image": record.text("img_path"),
+        "prompt": record.text("question") + "\n" + _options(candidates),
         "prediction": response,
-        "answer": record["correct_ans"],
-        "score": float(qbench_right(response, *known)),
-        "strict": float(qbench_right_strictly(response, *known)),
-        "type": TYPES.get(record.get("type", -1)),
-        "concern": CONCERNS.get(record.get("concern", -1)),
+        "answer": answer,
+        "score": float(qbench_right(response, candidates, answer)),
+        "strict": float(qbench_right_strictly(response, candidates, answer)),
+        "type": TYPES.get(record.integer("type")) if "type" in record.row else None,
+        "concern": CONCERNS.get(record.integer("concern")) if "concern" in record.row else None,
     }
 
 
@@ -112,7 +124,7 @@ def summarize(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:
 
 def submit(inputs: Inputs, out: Path) -> None:
     """Writes the records with their responses, a line each."""
-    write_jsonl(out, [{**record, "response": said} for _, record, said in _joined(inputs)])
+    write_jsonl(out, [{**record.row, "response": said} for _, record, said in _joined(inputs)])
 
 
 def _task(name: str, title: str, files: tuple[File, ...], prompt: str, **functions: Any) -> Task:

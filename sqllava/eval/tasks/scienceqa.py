@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sqllava.conversation import IMAGE
+from sqllava.eval.fields import Record
 from sqllava.eval.metrics.choices import FAILED, parse_scienceqa
 from sqllava.eval.records import (
     Metrics,
@@ -13,12 +14,14 @@ from sqllava.eval.records import (
     by_question_id,
     join,
     percent,
-    read_json,
+    read_list,
+    read_record,
     write_json,
     write_text,
 )
 from sqllava.eval.tasks.task import (
     EVAL_ZIP,
+    LETTERS,
     OPTION_LETTER,
     File,
     Inputs,
@@ -26,6 +29,7 @@ from sqllava.eval.tasks.task import (
     Option,
     Task,
     option_lines,
+    picture_of,
     write_pretty,
 )
 
@@ -37,40 +41,72 @@ SPLIT = Option("--split", "the split of pid_splits.json", "test", kind=str)
 
 def read_questions(path: Path) -> list[Question]:
     """Reads llava_test_CQM-A.json, LLaVA's list of records."""
-    return [_question(record) for record in read_json(path)]
+    records = read_list(path)
+    if not records:
+        raise ValueError(f"{path} holds no questions")
+    return [_question(record) for record in records]
 
 
-def _question(record: Row) -> Question:
-    text = record["conversations"][0]["value"].replace(IMAGE, "").strip() + OPTION_LETTER
-    image = record.get("image")
-    return Question(record["id"], text, image, f"{IMAGE}\n{text}" if image else text)
+def _question(record: Record) -> Question:
+    turns = record.records("conversations")
+    if not turns:
+        raise record.wrong("conversations", "a list with the question")
+    text = turns[0].text("value").replace(IMAGE, "").strip() + OPTION_LETTER
+    image, fault = picture_of(record)
+    prompt = f"{IMAGE}\n{text}" if image else text
+    return Question(record.id("id"), text, image, prompt, fault=fault)
 
 
 def judge(inputs: Inputs) -> list[Row]:
     """One item per problem of the split."""
-    problems = read_json(inputs.annotations / "problems.json")
-    split = read_json(inputs.annotations / "pid_splits.json")[inputs.options.get("split", "test")]
-    answers = join(inputs.answers, map(str, split), by_question_id, inputs.allow_missing)
+    problems = _problems(inputs.annotations, inputs.options)
+    answers = join(inputs.answers, problems, by_question_id, inputs.allow_missing)
     return [_item(name, problems[name], row) for name, row in answers.items()]
 
 
-def _item(name: str, problem: Row, row: Row | None) -> Row:
+def _problems(folder: Path, options: Mapping[str, Any]) -> dict[str, Record]:
+    """The problems of the wanted split, by id, in its order.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file.
+        ValueError: there is no such split, or it names a problem that is not there.
+    """
+    splits, name = read_record(folder / "pid_splits.json"), options.get("split") or "test"
+    if name not in splits.row:
+        raise ValueError(f"{splits.where} has no split {name!r}; there are {list(splits.row)}")
+    problems, numbers = read_record(folder / "problems.json"), splits.texts(name)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{splits.where}: the split {name!r} names some problems twice")
+    return {number: problems.record(number) for number in numbers}
+
+
+def _answer(problem: Record) -> int:
+    """The index of the right choice."""
+    answer, choices = problem.integer("answer"), problem.texts("choices")
+    if not 0 <= answer < min(len(choices), len(LETTERS)):
+        raise problem.wrong("answer", f"the index of one of {len(choices)} choices")
+    return answer
+
+
+def _item(name: str, problem: Record, row: Row | None) -> Row:
     text = FAILED if row is None else row["text"]
-    prompt = "" if row is None else row.get("prompt", "")
-    letter, index = parse_scienceqa(text, len(problem["choices"]))
+    prompt = "" if row is None else row.get("prompt") or ""
+    choices, answer = problem.texts("choices"), _answer(problem)
+    letter, index = parse_scienceqa(text, len(choices))
+    image = problem.optional_text("image")
     return {
         "question_id": name,
-        "image": f"{name}/{problem['image']}" if problem["image"] else None,
+        "image": f"{name}/{image}" if image else None,
         "prompt": prompt,
         "prediction": text,
         "parsed": letter,
         "index": index,
-        "answer": problem["choices"][problem["answer"]],
-        "answer_index": problem["answer"],
-        "score": float(index == problem["answer"]),
+        "answer": choices[answer],
+        "answer_index": answer,
+        "score": float(index == answer),
         "marked": IMAGE in prompt,
-        "hint": bool(problem.get("hint")),
-        **{name: problem.get(name) for name in ("subject", "grade", "topic")},
+        "hint": bool(problem.optional_text("hint")),
+        **{name: problem.optional_text(name) for name in ("subject", "grade", "topic")},
     }
 
 
@@ -102,6 +138,8 @@ def summarize(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:
 def submit(inputs: Inputs, out: Path) -> None:
     """Writes LLaVA's result file, whose `results` the official evaluate_acc.py reads."""
     items = judge(inputs)
+    if not items:
+        raise ValueError(f"{inputs.annotations}: the split has no problems")
     right = sum(item["score"] for item in items)
     content = {
         "acc": 100 * right / len(items),
@@ -115,21 +153,21 @@ def submit(inputs: Inputs, out: Path) -> None:
 
 def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:
     """Makes llava_test_CQM-A.json from the folder with problems.json and pid_splits.json."""
-    problems = read_json(source / "problems.json")
-    split = read_json(source / "pid_splits.json")[options.get("split", "test")]
-    records = [_record(str(name), problems[str(name)]) for name in split]
+    problems = _problems(source, options)
+    records = [_record(name, problem) for name, problem in problems.items()]
     write_json(out, records)
     return len(records)
 
 
-def _record(name: str, problem: Row) -> Row:
-    context = f"Context: {problem['hint']}\n" if problem.get("hint") else ""
-    text = context + problem["question"] + option_lines(problem["choices"])
+def _record(name: str, problem: Record) -> Row:
+    hint, image = problem.optional_text("hint"), problem.optional_text("image")
+    context = f"Context: {hint}\n" if hint else ""
+    text = context + problem.text("question") + option_lines(problem.texts("choices"))
     record: Row = {"id": name}
-    if problem.get("image"):
-        record["image"] = f"{name}/{problem['image']}"
+    if image:
+        record["image"] = f"{name}/{image}"
         text = f"{IMAGE}\n{text}"
-    answer = "ABCDE"[problem["answer"]]
+    answer = LETTERS[_answer(problem)]
     turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
     return {**record, "conversations": turns}
 

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sqllava.conversation import IMAGE
+from sqllava.eval.fields import Record
 from sqllava.eval.metrics.judged import READINGS
-from sqllava.eval.records import Metrics, Question, Row, read_jsonl
+from sqllava.eval.records import Metrics, Question, Row, read_lines
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
 OPTION_LETTER_CN = "\n请直接回答选项字母。"
 LETTERS = "ABCDEFGH"
+# What --allow-missing is, where an upload lacks answers.
+UPLOAD = "is for scores: an upload needs every answer"
 # The zip of prepared question files that LLaVA's documentation links.
 EVAL_ZIP = "LLaVA's eval.zip, or `sqllava eval prepare`"
 
@@ -137,18 +140,48 @@ class Task:
 
 
 def read_llava_questions(path: Path) -> list[Question]:
-    """Reads a question file in LLaVA's form: JSON lines with question_id, image and text."""
-    questions = []
-    for number, row in enumerate(read_jsonl(path), 1):
-        if "question_id" not in row or not isinstance(row.get("text"), str):
-            raise ValueError(
-                f"{path}, record {number}: a question needs question_id and text, found {list(row)}"
-            )
-        text = row["text"]
-        if IMAGE in text:
-            text = text.replace(IMAGE, "").strip()
-        questions.append(Question(row["question_id"], text, row.get("image")))
-    return questions
+    """Reads a question file in LLaVA's form: JSON lines with question_id, image and text.
+
+    Raises:
+        ValueError: a record is none; the message says which.
+    """
+    records = read_lines(path)
+    if not records:
+        raise ValueError(f"{path} holds no questions: expected JSON lines, one question a line")
+    return [_llava_question(record) for record in records]
+
+
+def _llava_question(record: Record) -> Question:
+    if not {"question_id", "text"} <= record.row.keys():
+        raise record.fault("a question needs question_id and text")
+    text = record.text("text")
+    image, fault = picture_of(record)
+    if image is None and (IMAGE in text or _OTHER_NAMES & record.row.keys()):
+        raise record.fault("the question is about a picture, whose name goes under 'image'")
+    if IMAGE in text:
+        text = text.replace(IMAGE, "").strip()
+    return Question(record.id("question_id"), text, image, fault=fault)
+
+
+# What other toolkits call the picture. Without a look at them, the question is asked without one.
+_OTHER_NAMES = {"images", "image_path", "img_path", "image_file", "video", "videos"}
+
+
+def picture_of(record: Record) -> tuple[str | None, str | None]:
+    """A record's picture, and why it cannot be shown: either may be None.
+
+    A list of one picture is that picture; a question about several, whose names are put together,
+    is known but not asked.
+    """
+    given = record.row.get("image")
+    if given is None or isinstance(given, str):
+        return given, None
+    names = record.texts("image") if isinstance(given, list) else []
+    if given != [] and not names:
+        raise record.wrong("image", "a picture's name")
+    if len(names) > 1:
+        return ", ".join(names), f"the question is about {len(names)} pictures; one can be shown"
+    return (names[0] if names else None), None
 
 
 def file_in(path: Path, *names: str) -> Path:

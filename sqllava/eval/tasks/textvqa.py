@@ -5,8 +5,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqllava.eval.fields import Record
 from sqllava.eval.metrics.vqa import evalai_accuracy
-from sqllava.eval.records import Metrics, Row, join, percent, read_json, text_of, write_jsonl
+from sqllava.eval.records import (
+    Metrics,
+    Row,
+    annotators,
+    by_question_id,
+    check_answered,
+    join,
+    percent,
+    prompt_of,
+    read_record,
+    text_of,
+    write_jsonl,
+    write_text,
+)
 from sqllava.eval.tasks.task import (
     EVAL_ZIP,
     SHORT_ANSWER,
@@ -16,6 +30,7 @@ from sqllava.eval.tasks.task import (
     Option,
     Task,
     read_llava_questions,
+    write_pretty,
 )
 
 QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
@@ -45,31 +60,32 @@ def question_of(prompt: str) -> str:
 
 def judge(inputs: Inputs) -> list[Row]:
     """One item per question; the ids in the answers are the pictures', so several share one."""
-    entries = {
-        (str(entry["image_id"]), entry["question"].lower()): entry
-        for entry in read_json(inputs.annotations)["data"]
-    }
-    answers = join(
-        inputs.answers,
-        entries,
-        lambda row: (str(row["question_id"]), question_of(row["prompt"])),
-        inputs.allow_missing,
-    )
-    return [_item(entries[key], row) for key, row in answers.items()]
+    entries = read_record(inputs.annotations).records("data")
+    check_answered(inputs.annotations, entries, "answers")
+    return [_item(entry, row) for entry, row in _joined(inputs, entries)]
 
 
-def _item(entry: Row, row: Row | None) -> Row:
-    if len(entry["answers"]) != ANSWERS:
-        raise ValueError(
-            f"question {entry['question_id']} has {len(entry['answers'])} answers, not {ANSWERS}"
-        )
+def _joined(inputs: Inputs, entries: Sequence[Record]) -> list[tuple[Record, Row | None]]:
+    keys = [(str(entry.id("image_id")), entry.text("question").lower()) for entry in entries]
+    answers = join(inputs.answers, keys, _key, inputs.allow_missing)
+    return list(zip(entries, answers.values(), strict=True))
+
+
+def _key(row: Row) -> tuple[str, str]:
+    return by_question_id(row), question_of(prompt_of(row))
+
+
+def _item(entry: Record, row: Row | None) -> Row:
+    given = annotators(entry)
+    if len(given) != ANSWERS:
+        raise ValueError(f"{entry.where}: expected {ANSWERS} answers, found {len(given)}")
     return {
-        "question_id": entry["question_id"],
-        "image": f"{entry['image_id']}.jpg",
+        "question_id": entry.id("question_id"),
+        "image": f"{entry.id('image_id')}.jpg",
         "prompt": row and row.get("prompt"),
         "prediction": text_of(row),
-        "answers": entry["answers"],
-        "score": evalai_accuracy(text_of(row), entry["answers"]),
+        "answers": given,
+        "score": evalai_accuracy(text_of(row), given),
     }
 
 
@@ -78,25 +94,38 @@ def summarize(items: Sequence[Row], options: Mapping[str, Any]) -> Metrics:
     return {"accuracy": percent(items)}
 
 
+def submit(inputs: Inputs, out: Path) -> None:
+    """Writes EvalAI's file: an answer for each question of the annotations, by its own id."""
+    entries = read_record(inputs.annotations).records("data")
+    rows = [
+        {"question_id": entry.id("question_id"), "answer": text_of(row)}
+        for entry, row in _joined(inputs, entries)
+    ]
+    write_text(out, write_pretty(rows))
+
+
 def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:
     """Makes the question file from TextVQA_0.5.1_val.json, with OCR tokens from their file."""
     ocr = options.get("ocr")
     tokens = {}
     if ocr:
-        tokens = {row["image_id"]: row["ocr_tokens"] for row in read_json(Path(ocr))["data"]}
-    rows = [
-        {
-            "question_id": entry["image_id"],
-            "image": f"{entry['image_id']}.jpg",
-            "text": entry["question"].capitalize()
-            + (f"\n{OCR}{', '.join(tokens.get(entry['image_id'], ()))}" if ocr else "")
-            + SHORT_ANSWER,
-            "category": "default",
-        }
-        for entry in read_json(source)["data"]
-    ]
+        pictures = read_record(Path(ocr)).records("data")
+        tokens = {str(row.id("image_id")): row.texts("ocr_tokens") for row in pictures}
+    entries = read_record(source).records("data")
+    rows = [_row(entry, tokens if ocr else None) for entry in entries]
     write_jsonl(out, rows)
     return len(rows)
+
+
+def _row(entry: Record, tokens: Mapping[str, Sequence[str]] | None) -> Row:
+    image = entry.id("image_id")
+    read = "" if tokens is None else f"\n{OCR}{', '.join(tokens.get(str(image), ()))}"
+    return {
+        "question_id": image,
+        "image": f"{image}.jpg",
+        "text": entry.text("question").capitalize() + read + SHORT_ANSWER,
+        "category": "default",
+    }
 
 
 TASK = Task(
@@ -115,6 +144,8 @@ TASK = Task(
     judge=judge,
     summarize=summarize,
     unit="image",
+    submission="JSON list of {question_id, answer}, for all questions of the test split",
+    submit=submit,
     prepare=prepare,
     prepare_options=(
         Option(

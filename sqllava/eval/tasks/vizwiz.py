@@ -4,17 +4,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqllava.eval.fields import Record
 from sqllava.eval.metrics.vqa import evalai_accuracy, normalize_evalai
 from sqllava.eval.records import (
     Metrics,
-    NoAnswersError,
     Row,
+    annotators,
     by_question_id,
+    check_answered,
     grouped,
     join,
     mean,
     percent,
-    read_json,
+    read_list,
     text_of,
     write_jsonl,
     write_text,
@@ -22,6 +24,7 @@ from sqllava.eval.records import (
 from sqllava.eval.tasks.task import (
     EVAL_ZIP,
     SHORT_ANSWER,
+    UPLOAD,
     File,
     Inputs,
     Layout,
@@ -36,42 +39,44 @@ INSUFFICIENT = "\nWhen the provided information is insufficient, respond with 'U
 
 def judge(inputs: Inputs) -> list[Row]:
     """One item per annotated picture, joined by the picture's name or the record's number."""
-    entries = read_json(inputs.annotations)
-    if not all("answers" in entry for entry in entries):
-        raise NoAnswersError(f"{inputs.annotations} has no answers: it is the test split")
-    names = _image_names(inputs, entries)
-    by_image = {entry["image"]: entry for entry in entries}
+    entries = read_list(inputs.annotations)
+    check_answered(inputs.annotations, entries, "answers")
+    pictures = [entry.text("image") for entry in entries]
+    names = _image_names(inputs, pictures)
     answers = join(
-        inputs.answers, by_image, lambda row: names[by_question_id(row)], inputs.allow_missing
+        inputs.answers, pictures, lambda row: names[by_question_id(row)], inputs.allow_missing
     )
+    by_image = dict(zip(pictures, entries, strict=True))
     return [_item(by_image[name], row) for name, row in answers.items()]
 
 
-def _image_names(inputs: Inputs, entries: Sequence[Row]) -> dict[str, str]:
+def _image_names(inputs: Inputs, pictures: Sequence[str]) -> dict[str, str]:
     """The picture of each question; VizWiz numbers its questions by the picture's place."""
     if inputs.questions is None:
-        names = {str(number): entry["image"] for number, entry in enumerate(entries)}
+        names = {str(number): name for number, name in enumerate(pictures)}
     else:
         questions = read_llava_questions(inputs.questions)
         names = {str(q.question_id): Path(q.image or "").name for q in questions}
     for row in inputs.answers:
         if by_question_id(row) not in names:
-            raise ValueError(f"no picture is known for question {row['question_id']!r}")
+            source = inputs.questions or inputs.annotations
+            raise ValueError(f"{source}: no picture is known for question {row['question_id']!r}")
     return names
 
 
-def _item(entry: Row, row: Row | None) -> Row:
-    given = [answer["answer"] for answer in entry["answers"]]
+def _item(entry: Record, row: Row | None) -> Row:
+    given = annotators(entry)
     said_so = normalize_evalai(text_of(row)) == UNANSWERABLE
+    answerable = entry.integer("answerable") if "answerable" in entry.row else None
     return {
-        "question_id": entry["image"] if row is None else row["question_id"],
-        "image": entry["image"],
+        "question_id": entry.text("image") if row is None else row["question_id"],
+        "image": entry.text("image"),
         "prompt": row and row.get("prompt"),
         "prediction": text_of(row),
         "answers": given,
         "score": evalai_accuracy(text_of(row), given),
-        "answer_type": entry.get("answer_type"),
-        "answerable_right": float(said_so == (entry.get("answerable") == 0)),
+        "answer_type": entry.optional_text("answer_type"),
+        "answerable_right": float(said_so == (answerable == 0)),
     }
 
 
@@ -88,10 +93,12 @@ def submit(inputs: Inputs, out: Path) -> None:
     """Writes EvalAI's file: one answer for each question, in order; none may be missing."""
     source = inputs.questions
     if source is None:
-        asked = [(str(n), e["image"]) for n, e in enumerate(read_json(inputs.annotations))]
+        entries = read_list(inputs.annotations)
+        asked = [(str(n), entry.text("image")) for n, entry in enumerate(entries)]
     else:
-        asked = [(str(q.question_id), q.image) for q in read_llava_questions(source)]
-    answers = join(inputs.answers, [name for name, _ in asked], by_question_id)
+        asked = [(str(q.question_id), q.image or "") for q in read_llava_questions(source)]
+    names = [name for name, _ in asked]
+    answers = join(inputs.answers, names, by_question_id, forgiving=UPLOAD)
     rows = [
         {"image": image, "answer": normalize_evalai(text_of(answers[name]))}
         for name, image in asked
@@ -104,11 +111,11 @@ def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:
     rows = [
         {
             "question_id": number,
-            "image": entry["image"],
-            "text": entry["question"].capitalize() + INSUFFICIENT + SHORT_ANSWER,
+            "image": entry.text("image"),
+            "text": entry.text("question").capitalize() + INSUFFICIENT + SHORT_ANSWER,
             "category": "default",
         }
-        for number, entry in enumerate(read_json(source))
+        for number, entry in enumerate(read_list(source))
     ]
     write_jsonl(out, rows)
     return len(rows)

@@ -4,16 +4,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqllava.eval.fields import Record
 from sqllava.eval.metrics.vqa import normalize_evalai, vqa_accuracy
 from sqllava.eval.records import (
     Metrics,
     NoAnswersError,
     Row,
+    annotators,
     by_question_id,
+    check_answered,
     grouped,
     join,
     percent,
-    read_json,
+    read_record,
     text_of,
     write_jsonl,
     write_text,
@@ -33,31 +36,32 @@ from sqllava.eval.tasks.task import (
 
 def judge(inputs: Inputs) -> list[Row]:
     """One item per question of the annotation file, scored as the official code does."""
-    annotations = read_json(inputs.annotations).get("annotations")
-    if not annotations:
-        raise NoAnswersError(f"{inputs.annotations} has no annotations: it is a test split")
-    by_id = {str(entry["question_id"]): entry for entry in annotations}
-    answers = join(
-        inputs.answers,
-        [str(entry["question_id"]) for entry in annotations],
-        by_question_id,
-        inputs.allow_missing,
-    )
+    content = read_record(inputs.annotations)
+    if "annotations" not in content.row and "questions" in content.row:
+        raise NoAnswersError(
+            f"{inputs.annotations} has no public answers (it holds `questions`, no `annotations`): "
+            "only the benchmark's server can score a test split"
+        )
+    annotations = content.records("annotations")
+    check_answered(inputs.annotations, annotations, "answers")
+    ids = [str(entry.id("question_id")) for entry in annotations]
+    answers = join(inputs.answers, ids, by_question_id, inputs.allow_missing)
+    by_id = dict(zip(ids, annotations, strict=True))
     always = bool(inputs.options.get("always_normalize"))
     return [_item(by_id[name], row, always) for name, row in answers.items()]
 
 
-def _item(entry: Row, row: Row | None, always: bool) -> Row:
-    given = [answer["answer"] for answer in entry["answers"]]
+def _item(entry: Record, row: Row | None, always: bool) -> Row:
+    given = annotators(entry)
     return {
-        "question_id": entry["question_id"],
-        "image_id": entry.get("image_id"),
+        "question_id": entry.id("question_id"),
+        "image_id": entry.row.get("image_id"),
         "prompt": row and row.get("prompt"),
         "prediction": text_of(row),
         "answers": given,
         "score": vqa_accuracy(text_of(row), given, always),
-        "answer_type": entry.get("answer_type"),
-        "question_type": entry.get("question_type"),
+        "answer_type": entry.optional_text("answer_type"),
+        "question_type": entry.optional_text("question_type"),
     }
 
 
@@ -78,7 +82,10 @@ def submit(inputs: Inputs, out: Path) -> None:
     if source.suffix == ".jsonl":
         asked = [question.question_id for question in read_llava_questions(source)]
     else:
-        asked = [question["question_id"] for question in read_json(source)["questions"]]
+        content = read_record(source)
+        if "questions" not in content.row:
+            raise content.fault("expected the file with `questions` (or LLaVA's .jsonl)")
+        asked = [question.id("question_id") for question in content.records("questions")]
     answers = join(inputs.answers, map(str, asked), by_question_id, allow_missing=True)
     rows = [
         {"question_id": name, "answer": normalize_evalai(text_of(answers[str(name)]))}
@@ -89,18 +96,18 @@ def submit(inputs: Inputs, out: Path) -> None:
 
 def prepare(source: Path, out: Path, options: Mapping[str, Any]) -> int:
     """Makes the question file from v2_OpenEnded_mscoco_*_questions.json."""
-    content = read_json(source)
-    split = content["data_subtype"]
+    content = read_record(source)
+    split = content.text("data_subtype")
     # The test-dev questions are about pictures of test2015.
     folder = "test2015" if split.startswith("test") else split
     rows = [
         {
-            "question_id": question["question_id"],
-            "image": f"COCO_{folder}_{question['image_id']:012d}.jpg",
-            "text": question["question"] + SHORT_ANSWER,
+            "question_id": question.id("question_id"),
+            "image": f"COCO_{folder}_{question.integer('image_id'):012d}.jpg",
+            "text": question.text("question") + SHORT_ANSWER,
             "category": "default",
         }
-        for question in content["questions"]
+        for question in content.records("questions")
     ]
     write_jsonl(out, rows)
     return len(rows)
