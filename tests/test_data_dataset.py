@@ -292,8 +292,8 @@ def test_an_image_is_read_once_for_records_that_follow_each_other(make, monkeypa
         "load_image",
         lambda path, **how: read.append(path.name) or real(path, **how),
     )
-    dataset = make([record(0), record(2, image="0.png"), record(4)])
+    dataset = make([record(0), record(4, image="0.png"), record(2)])
     first, second, other = (dataset[number] for number in range(3))
-    assert read == ["0.png", "4.png"]
+    assert read == ["0.png", "2.png"]
     assert torch.equal(first.pixel_values, second.pixel_values)
-    assert first.images == second.images == ("0.png",) and other.images == ("4.png",)
+    assert first.images == second.images == ("0.png",) and other.images == ("2.png",)
