@@ -268,9 +268,12 @@ def test_a_batch_is_padded_on_the_right():
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [3.0, 2.0, 2.0]
     assert batch["sample_stats"] == {
         "tokens": 10,
+        "computed": 15,
         "padding": 5,
+        "pairs": 6 + 15 + 3,
         "supervised": 7,
         "images": 3,
+        "images_of_records": 3,
         "dropped_turns": 4,
         "skipped": [],
         "indices": [3, 5, 2],

@@ -48,10 +48,12 @@ class Collator:
         tokens = int(lengths.sum())
         stats = {
             "tokens": tokens,
+            "computed": batch["input_ids"].numel(),
             "padding": batch["input_ids"].numel() - tokens,
             "pairs": int((lengths * (lengths + 1) // 2).sum()),
             "supervised": int((batch["labels"] != IGNORE_INDEX).sum()),
             "images": sum(map(len, images)),
+            "images_of_records": sum(map(len, images)),
             "dropped_turns": sum(sample.dropped_turns for sample in samples),
             "skipped": [(sample.index, sample.skipped) for sample in samples if sample.skipped],
             "indices": [sample.index for sample in samples],

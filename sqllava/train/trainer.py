@@ -222,12 +222,7 @@ class SQLlavaTrainer(Trainer):
         stats = inputs.pop("sample_stats")
         if model.training:
             self.audit.images += stats["images"]
-            # A rectangle computes its padding, too, and every image of its records.
-            all_of_it = {
-                "computed": stats["tokens"] + stats["padding"],
-                "images_of_records": stats["images"],
-            }
-            self.counts.update({name: (all_of_it | stats)[name] for name in _COUNTED})
+            self.counts.update({name: stats[name] for name in _COUNTED})
             for index, reason in stats["skipped"]:
                 self.counts["skipped"] += 1
                 self._bad[index] = reason
