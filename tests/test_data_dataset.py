@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from sqllava.data import dataset as dataset_module
 from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset, Sample, SampleKey
 from sqllava.data.index import open_index
@@ -284,3 +285,18 @@ def test_a_batch_without_images_has_no_pixels():
     assert "pixel_values" not in batch
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
     assert batch["attention_mask"].shape == (2, 16) and batch["sample_stats"]["padding"] == 20
+
+
+def test_an_image_is_read_once_for_records_that_follow_each_other(make, monkeypatch):
+    read = []
+    real = dataset_module.load_image
+    monkeypatch.setattr(
+        dataset_module,
+        "load_image",
+        lambda path, **how: read.append(path.name) or real(path, **how),
+    )
+    dataset = make([record(0), record(4, image="0.png"), record(2)])
+    first, second, other = (dataset[number] for number in range(3))
+    assert read == ["0.png", "2.png"]
+    assert torch.equal(first.pixel_values, second.pixel_values)
+    assert first.images == second.images == ("0.png",) and other.images == ("2.png",)

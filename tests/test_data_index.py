@@ -50,6 +50,17 @@ def test_every_record_and_column_comes_back(source):
             index[outside]
 
 
+def test_records_about_the_same_images_have_one_key(tmp_path):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    images = ["a.jpg", ["a.jpg"], "b.jpg", ["a.jpg", "b.jpg"], ["b.jpg", "a.jpg"], None, 5]
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps([{"image": image, "conversations": turns} for image in images]))
+    keys = open_index(file).image_keys
+    assert keys.dtype == np.int64 and keys[0] == keys[1] != 0
+    assert keys[5] == keys[6] == 0  # none, and one of the wrong shape
+    assert len(set(keys.tolist())) == 5
+
+
 def test_batches_are_bounded_by_size_too(source, monkeypatch):
     monkeypatch.setattr(index_module, "_BATCH_CHARACTERS", 300)
     index = open_index(source)

@@ -81,6 +81,9 @@ def results(tmp_path_factory):
         )
         for kind in ("image", "text", "mixed"):
             runs[f"{kind}-{stage}"] = flags(2, data[kind], folder / f"{kind}-{stage}", **kind_flags)
+        runs[f"rectangles-{stage}"] = flags(
+            2, data["mixed"], folder / f"rectangles-{stage}", pack="off", **kind_flags
+        )
         runs[f"one_sided-{stage}"] = flags(
             2,
             one_sided,
@@ -99,12 +102,17 @@ def results(tmp_path_factory):
     # A start for each stage: DeepSpeed does not go from ZeRO-2 to ZeRO-3 within a process.
     for stage in (2, 3):
         launch(folder, [words for name, words in runs.items() if name.endswith(f"-{stage}")])
-    for kind, stage in (("mixed", 2), ("caption", 1)):
+    for name, kind, stage, pack in (
+        ("mixed", "mixed", 2, "shared"),
+        ("rectangles", "mixed", 2, "off"),
+        ("captions", "caption", 1, "rows"),
+    ):
         run.main(
             flags(
                 stage,
                 data[kind],
-                folder / f"{kind}-alone",
+                folder / f"{name}-alone",
+                pack=pack,
                 **common | {"per_device_train_batch_size": 4},
             )
         )
@@ -120,11 +128,10 @@ def test_every_kind_of_data_trains_on_two_ranks(results, kind, stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_first_losses_equal_those_of_one_process(results, stage):
-    alone = losses(results / "mixed-alone")
-    assert losses(results / f"mixed-{stage}") == pytest.approx(alone, abs=2e-4)
-    alone = losses(results / "caption-alone")
-    assert losses(results / f"captions-{stage}") == pytest.approx(alone, abs=2e-4)
+@pytest.mark.parametrize("name", ["mixed", "rectangles", "captions"])
+def test_first_losses_equal_those_of_one_process(results, name, stage):
+    alone = losses(results / f"{name}-alone")
+    assert losses(results / f"{name}-{stage}") == pytest.approx(alone, abs=2e-4)
 
 
 @pytest.mark.parametrize("name", ["captions-2", "mixed-2", "mixed-3", "from_stage1-3"])

@@ -7,11 +7,15 @@ import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from training import GOLDEN, flags, history, losses, start, write_data
+from transformers import TrainerState
 
 from sqllava.checkpoint.load import assemble, load, load_base
 from sqllava.checkpoint.stage1 import read_stage1
@@ -27,8 +31,8 @@ from sqllava.train import run
 from sqllava.train.audit import GradientAudit, GradientAuditError
 from sqllava.train.flops import Costs
 from sqllava.train.output import COMPLETE, last_complete_checkpoint, read_record, write_record
-from sqllava.train.rows import RowSampler
-from sqllava.train.trainer import SQLlavaTrainer, TooManyBadSamplesError
+from sqllava.train.rows import RowSampler, Sizes
+from sqllava.train.trainer import SQLlavaTrainer, TooManyBadSamplesError, _EpochOrder
 
 LORA = Lora(4, 8)
 
@@ -147,8 +151,10 @@ def test_final_adapter_directory_is_complete_and_opens_with_plain_peft(stage1, m
         assert torch.allclose(ours(input_ids=ids, pixel_values=pixels).logits, expected, atol=1e-5)
 
 
-def test_accumulation_does_not_change_the_losses(mixed, tmp_path):
+@pytest.mark.parametrize("pack", ["off", "shared"])
+def test_accumulation_does_not_change_the_losses(mixed, tmp_path, pack):
     common = {
+        "pack": pack,
         "max_steps": 5,
         "lora_dropout": 0,
         "lora_dropout_vit": 0,
@@ -200,21 +206,26 @@ def test_however_records_are_packed_the_losses_are_the_same(tmp_path):
     assert logs["off"][0]["computed_share"] > 1
 
 
-def test_a_run_of_several_ranks_resumes_in_the_order_of_its_epoch(mixed, tmp_path, monkeypatch):
+def test_two_ranks_that_resume_within_an_epoch_go_on_in_its_order():
     """accelerate does not tell the epoch through the shards of a loader that skips batches."""
-    told = []
-    monkeypatch.setattr(RowSampler, "set_epoch", lambda self, epoch: told.append(epoch))
-    common = {"max_steps": 14, "save_strategy": "steps", "save_steps": 13}
-    run.main(flags(2, mixed, tmp_path, **common))
-    told.clear()
-    monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.set_epoch", lambda *_: None)
-    shutil.rmtree(tmp_path / "checkpoint-14", ignore_errors=True)
-    write_record(replace(read_record(tmp_path), finished=None), tmp_path)
-    run.main(flags(2, mixed, tmp_path, **common))
-    assert told == [1]
+    sizes = Sizes(np.arange(1, 41), np.zeros(40, np.int16), None, 16, 1.0)
+    order = RowSampler(sizes, 2, 2, ranks=2)
+    order.set_epoch(1)
+    expected = [row for number, row in enumerate(order) if number % 2][4:]
+    order.set_epoch(0)
+    loader = DataLoader(range(40), batch_sampler=order, collate_fn=list)
+    loader = prepare_data_loader(loader, num_processes=2, process_index=1)
+    state = TrainerState(epoch=1.4)
+    _EpochOrder(SimpleNamespace(_order=order)).on_epoch_begin(None, state, None)
+    resumed = skip_first_batches(loader, 4)
+    resumed.set_epoch(1)
+    found = list(resumed.batch_sampler)
+    assert found == expected
+    order.set_epoch(0)
+    assert found != list(resumed.batch_sampler)
 
 
-def test_rows_say_what_they_are_and_refuse_what_cannot_run_them(mixed, tmp_path, caplog):
+def test_flags_that_cannot_go_with_rows_are_refused(mixed, tmp_path):
     with pytest.raises(SystemExit, match="--pack rows"):
         run.main(flags(2, mixed, tmp_path, attn_implementation="flash_attention_2"))
     with pytest.raises(SystemExit, match="needs --pack off"):
@@ -228,8 +239,10 @@ def test_gradient_checkpointing_does_not_change_the_losses(mixed, tmp_path):
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
 
 
-def test_killed_run_resumes_with_the_losses_of_the_uninterrupted_one(mixed, tmp_path):
+@pytest.mark.parametrize("pack", ["shared", pytest.param("off", marks=pytest.mark.slow)])
+def test_killed_run_resumes_with_the_losses_of_the_uninterrupted_one(mixed, tmp_path, pack):
     common = {
+        "pack": pack,
         "max_steps": 10,
         "save_strategy": "steps",
         "save_steps": 2,

@@ -113,11 +113,7 @@ def train_one(folder: Path, mode: str, an_image: int) -> dict[str, Any]:
     """One epoch in this process: seconds, what was computed, peak memory."""
     from transformers import TrainerCallback
 
-    from sqllava.model.adapters import prepare_training
     from sqllava.train import run
-    from sqllava.train.arguments import parse_arguments
-    from sqllava.train.audit import GradientAudit
-    from sqllava.train.optim import learning_rates
 
     flags = {
         "model_name_or_path": folder / "lm",
@@ -142,30 +138,36 @@ def train_one(folder: Path, mode: str, an_image: int) -> dict[str, Any]:
         "disable_tqdm": True,
         "output_dir": folder / f"{mode}-{an_image}",
     }
-    arguments = parse_arguments([w for name, v in flags.items() for w in (f"--{name}", str(v))])
-    run.set_up(arguments)
-    model, processor = run.build_model(arguments)
-    dataset = run.build_dataset(arguments, arguments.data.data_path, processor)
-    trained = prepare_training(model, arguments.training)
-    audit = GradientAudit(trained, learning_rates(arguments.train))
-    trainer = run.build_trainer(arguments, trained, processor, dataset, audit)
     totals: dict[str, float] = {}
+    clocks: list[tuple[float, float]] = []
+    trainers: list[Any] = []
 
-    class Count(TrainerCallback):
-        """Adds up each step's counts before the log line takes them."""
+    class Watch(TrainerCallback):
+        """Takes the time, and each step's counts before the log line does."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clocks.append((time.perf_counter(), time.process_time()))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clocks.append((time.perf_counter(), time.process_time()))
             for name in ("tokens", "computed", "images", "images_of_records"):
-                totals[name] = totals.get(name, 0) + trainer.counts[name]
+                totals[name] = totals.get(name, 0) + trainers[0].counts[name]
 
-    trainer.add_callback(Count())
-    before, started = os.times(), time.perf_counter()
-    trainer.train()
-    seconds, after = time.perf_counter() - started, os.times()
+    build = run.build_trainer
+
+    def build_and_watch(*given: Any) -> Any:
+        trainers.append(build(*given))
+        trainers[0].add_callback(Watch())
+        return trainers[0]
+
+    run.build_trainer = build_and_watch
+    run.train([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    trainer = trainers[0]
+    seconds, processor = (last - first for first, last in zip(clocks[0], clocks[-1], strict=True))
     return {
         "seconds": round(seconds, 2),
-        "processor_seconds": round(after.user + after.system - before.user - before.system, 2),
-        "records_a_second": round(len(dataset) / seconds, 3),
+        "processor_seconds": round(processor, 2),
+        "records_a_second": round(len(trainer.train_dataset) / seconds, 3),
         **{name: int(value) for name, value in totals.items()},
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
