@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,6 +268,29 @@ def test_what_the_first_process_died_of_stands_last(tmp_path):
     told = process.stdout.read().strip().splitlines()
     assert process.wait() != 0
     assert told[-1].startswith("error: ") and ".png" in told[-1] and "(process " in told[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", ["off", "rows", "shared"])
+def test_another_split_of_the_same_global_batch_goes_on_with_the_same_losses(tmp_path, pack):
+    data = write_data(tmp_path / "mixed.json", "mixed")
+    common = {
+        "pack": pack,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "lora_dropout": 0,
+        "lora_dropout_vit": 0,
+        "group_by_modality_length": True,
+    }
+    out = tmp_path / "out"
+    run.main(flags(2, data, out, per_device_train_batch_size=8, **common))
+    whole = losses(out)
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "adapter_model.safetensors").unlink()
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    run.main(flags(2, data, out, **split, **common))
+    assert losses(out) == pytest.approx(whole, abs=1e-4)
 
 
 @pytest.mark.slow
