@@ -10,7 +10,7 @@ from training import flags, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sqllava
-from sqllava.checkpoint import base as base_module
+from sqllava.checkpoint import stamp
 from sqllava.checkpoint.base import fingerprint
 from sqllava.checkpoint.convert import Options, convert
 from sqllava.checkpoint.load import load_base
@@ -113,8 +113,8 @@ def test_stage2_says_that_stage1_had_another_base(trained, golden, tmp_path, cap
 
 
 def test_a_large_file_is_known_by_its_pieces(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(base_module, "_WHOLE_BYTES", 1000)
-    monkeypatch.setattr(base_module, "_PIECE_BYTES", 64)
+    monkeypatch.setattr(stamp, "_READ_WHOLE", 1000)
+    monkeypatch.setattr(stamp, "_SAMPLE", 64)
     shutil.copy(trained / "vicuna-tiny" / "config.json", tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({"a": torch.arange(4096.0)}, file)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from sqllava.ask import DESCRIBE_EVERY
 from sqllava.ask.questioner import SelfQuestioner, describing, seeded
 from sqllava.checkpoint.load import load
+from sqllava.checkpoint.stamp import stamp_model
 from sqllava.conversation import DESCRIBE_QUESTION, IMAGE, Turn, question_key
 from sqllava.data.images import load_image, resolve_image
 from sqllava.data.records import RecordError, describe, image_names, iter_records
@@ -310,7 +311,7 @@ def _begin(parts: Path, settings: Settings, names: Sequence[str]) -> None:
         **asdict(settings),
         "images": len(names),
         "names": hashlib.sha256("\n".join(names).encode()).hexdigest(),
-        "weights": _fingerprint(Path(settings.model)),
+        "weights": stamp_model(settings.model),
     }
     path = parts / "settings.json"
     if path.is_file():
@@ -328,16 +329,6 @@ def _begin(parts: Path, settings: Settings, names: Sequence[str]) -> None:
         return
     parts.mkdir(parents=True, exist_ok=True)
     _write_whole(path, [json.dumps(given, indent=1)])
-
-
-def _fingerprint(model: Path) -> str:
-    """A hash of a model folder: its files' names and sizes, and what its JSON files hold."""
-    found = hashlib.sha256()
-    for path in sorted(model.glob("*")):
-        if path.is_file():
-            content = path.read_bytes() if path.suffix == ".json" else b""
-            found.update(f"{path.name} {path.stat().st_size}\n".encode() + content)
-    return found.hexdigest()
 
 
 def pending(parts: Path, images: int, batch: int) -> list[int]:

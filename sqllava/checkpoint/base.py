@@ -11,19 +11,15 @@ from typing import Any, cast
 
 from sqllava.checkpoint.parts import files_of, load_tokenizer, saved_tokenizer
 from sqllava.checkpoint.published import read_json
+from sqllava.checkpoint.stamp import sampled
 from sqllava.model.card import RUN_FILE
 from sqllava.model.config import SQLlavaConfig
 
 logger = logging.getLogger(__name__)
 
-# Of a file larger than this, so many evenly spread pieces of a MiB are hashed: a base of 13 GB is
-# known again within a second, and every kind of training changes all of its weights.
-_WHOLE_BYTES = 64 * 2**20
-_PIECES, _PIECE_BYTES = 64, 2**20
-
 
 def fingerprint(path: str) -> str | None:
-    """The SHA-256 of a model's weight files, sampled where they are large.
+    """A hash of a model's weight files alone; see `stamp.sampled`.
 
     Args:
         path: folder or id of a language model, a tower, or a whole model.
@@ -34,15 +30,7 @@ def fingerprint(path: str) -> str | None:
     digest = hashlib.sha256()
     files = sorted(set(files_of(path).values()))
     for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as handle:
-            if size <= _WHOLE_BYTES:
-                digest.update(handle.read())
-                continue
-            for piece in range(_PIECES):
-                handle.seek((size - _PIECE_BYTES) * piece // (_PIECES - 1))
-                digest.update(handle.read(_PIECE_BYTES))
+        digest.update(f"{file.name} {sampled(file)}\n".encode())
     return digest.hexdigest() if files else None
 
 

@@ -40,6 +40,19 @@ def stamp_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sampled(path: Path) -> str:
+    """SHA-256 of a file, or of the size of a large one and blocks spread over it."""
+    size = path.stat().st_size
+    if size <= _READ_WHOLE:
+        return stamp_file(path)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as handle:
+        for number in range(_SAMPLES):
+            handle.seek((size - _SAMPLE) * number // (_SAMPLES - 1), os.SEEK_SET)
+            digest.update(handle.read(_SAMPLE))
+    return digest.hexdigest()
+
+
 def stamp_model(name: str) -> str | None:
     """What tells a model from another: for a folder a hash of its weights, tokenizer and configs,
     for an id of the hub its commit; None if it cannot be found.
@@ -66,21 +79,9 @@ def _stamp_folder(folder: Path) -> str:
     files = {f for place in places for kind in _OF_A_MODEL for f in place.glob(kind) if f.is_file()}
     for file in sorted(files):
         if file.name not in _NOT_OF_A_MODEL:
-            digest.update(f"{file.relative_to(folder)} {_sampled(file)}\n".encode())
+            digest.update(f"{file.relative_to(folder)} {sampled(file)}\n".encode())
     return digest.hexdigest()
 
 
 def _is_part(folder: Path) -> bool:
     return folder.is_dir() and not folder.name.startswith((".", "checkpoint-", "runs"))
-
-
-def _sampled(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= _READ_WHOLE:
-        return stamp_file(path)
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as handle:
-        for number in range(_SAMPLES):
-            handle.seek((size - _SAMPLE) * number // (_SAMPLES - 1), os.SEEK_SET)
-            digest.update(handle.read(_SAMPLE))
-    return digest.hexdigest()
