@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sqllava.model.adapters import Training, prepare_training
 from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
+from sqllava.train.zero import whole_models
 
 # Dense bfloat16 peaks (float16 on V100 and T4) of the makers' data sheets, in TFLOP/s, by what the
 # card's name holds; the first that fits counts.
@@ -96,7 +97,7 @@ def costs_of(config: SQLlavaConfig, training: Training) -> Costs:
     """
     # A copy of plain values: attention is PyTorch's own, which it can count.
     config = SQLlavaConfig.from_dict(config.to_dict())
-    with torch.device("meta"):
+    with whole_models(), torch.device("meta"):
         model: Any = prepare_training(SQLlavaForConditionalGeneration(config), training)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     learns = any(p.requires_grad for p in _before_the_language_model(inner).parameters())

@@ -1,11 +1,14 @@
 """The DeepSpeed file: read, compared with the flags, and made to do what the flags say."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import deepspeed
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 # Of DeepSpeed's AdamW: which of our flags must agree, unless the file says "auto"; and what chooses
@@ -178,3 +181,17 @@ def _same(value: Any, wanted: Any) -> bool:
         return float(value) == float(wanted)
     except (TypeError, ValueError):
         return False
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Lets models be built whole, on the meta device too, where ZeRO-3 is set up already.
+
+    transformers would partition them over all ranks, and fill in weights that are not there.
+    """
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
