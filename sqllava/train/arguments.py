@@ -255,6 +255,16 @@ def _training_faults(arguments: Arguments) -> list[str]:
             f"--metric_for_best_model {train.metric_for_best_model}: the loss is the only metric"
         )
     for flag, asked in (
+        ("--load_best_model_at_end", train.load_best_model_at_end),
+        ("--save_strategy best", plain(train.save_strategy) == "best"),
+    ):
+        if asked and plain(train.eval_strategy) == "no":
+            faults.append(f"{flag} needs --eval_strategy and --eval_data_path")
+    if plain(train.save_strategy) == "best" and train.metric_for_best_model is None:
+        faults.append("--save_strategy best needs --metric_for_best_model loss")
+    if not (train.output_dir or "").strip():
+        faults.append("--output_dir is empty: name a folder for the result")
+    for flag, asked in (
         (f"--eval_strategy {plain(train.eval_strategy)}", train.eval_strategy != "no"),
         ("--eval_on_start", train.eval_on_start),
     ):

@@ -26,6 +26,12 @@ def make_writable(folder: Path) -> None:
         OutputError: it cannot; the message says why.
     """
     trial = folder / f".trial-{os.getpid()}"
+    there = next((p for p in (folder, *folder.parents) if p.exists() or p.is_symlink()), folder)
+    if not there.is_dir():
+        found = "a file" if there.exists() else "a link that leads nowhere"
+        raise OutputError(
+            f"--output_dir {folder}: {there} is {found}; give a folder, or a new name"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
