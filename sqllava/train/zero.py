@@ -103,7 +103,9 @@ def read_zero(given: str | dict[str, Any], train: TrainingArguments) -> ZeroConf
     if partition.get("offload_optimizer"):
         # Ours is torch's AdamW, which DeepSpeed takes beside offloading when it is told to.
         zero.values.setdefault("zero_force_ds_cpu_optimizer", False)
-    if zero.stage == 3 and not partition.get(GATHER):
+    zero.faults += [f"{name}: its zero_optimization {fault}" for fault in _unknown(partition)]
+    gathers = partition.pop(GATHER.removeprefix("stage3_"), False)  # DeepSpeed's other name for it
+    if zero.stage == 3 and not partition.setdefault(GATHER, gathers):
         partition[GATHER] = True
         zero.notes.append(f"{name}: {GATHER} is taken as true: without it no weights are saved")
     return zero
@@ -131,6 +133,18 @@ def _json(name: str, text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{name} is a JSON {type(values).__name__}, where an object was expected")
     return values
+
+
+def _unknown(partition: dict[str, Any]) -> list[str]:
+    """Keys that DeepSpeed does not take, which it would say at length once the model is built."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = {
+        word
+        for name, about in DeepSpeedZeroConfig.model_fields.items()
+        for word in (name, about.alias)
+    }
+    return [f"has {key!r:.60}, which DeepSpeed does not know" for key in partition.keys() - known]
 
 
 def _optimizer(section: Any, train: TrainingArguments) -> list[str]:
