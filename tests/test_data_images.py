@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from sqllava.data import images as reading
 from sqllava.data.images import load_image, read_image, resolve_image
 from sqllava.pixels import MAX_PIXELS, MAX_SIDE, ImageError, ImagePreparer, to_rgb
 
@@ -35,6 +36,11 @@ def test_rgb_files_come_as_they_are(tmp_path, name):
     image = load_image(path)
     assert image.mode == "RGB"
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_what_prepares_a_picture_is_had_where_it_is_read():
+    assert reading.ImagePreparer is ImagePreparer
+    assert reading.ImageError is ImageError
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])

@@ -5,6 +5,7 @@ import torch
 from test_real_sizes import CLIP_VIT_L, VICUNA
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from sqllava.model.adapters import Lora, Training, prepare_training
 from sqllava.model.config import SQLlavaConfig, cut_vision_config
@@ -81,6 +82,14 @@ def test_a_frozen_beginning_saves_the_gradients_on_the_way_to_it():
     assert costs_of(config, Training()).image < costs_of(config, STAGE1).image
     frozen = costs_of(config, Training(projector=False, language_lora=Lora(4, 8)))
     assert frozen.token < costs_of(config, Training(language_lora=Lora(4, 8))).token
+
+
+def test_the_count_is_the_same_where_zero3_is_set_up():
+    alone = costs_of(tiny(), STAGE2)
+    # transformers knows of ZeRO-3 as long as this lives
+    zero3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert costs_of(tiny(), STAGE2) == alone
+    assert is_deepspeed_zero3_enabled() and zero3.is_zero3()
 
 
 @pytest.mark.parametrize(

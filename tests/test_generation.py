@@ -87,7 +87,7 @@ def test_prompt_lookup_finds_what_was_said_and_no_placeholders(loaded, greedy):
         {"watermarking_config": WatermarkingConfig()},
         {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2)])},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )
 def test_what_shapes_a_text_works_beside_an_image_past_the_vocabulary(options, loaded, greedy):
     model, processor = loaded

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -32,7 +33,7 @@ from sqllava.train.audit import GradientAudit, GradientAuditError
 from sqllava.train.flops import Costs
 from sqllava.train.output import COMPLETE, last_complete_checkpoint, read_record, write_record
 from sqllava.train.rows import RowSampler, Sizes
-from sqllava.train.trainer import SQLlavaTrainer, TooManyBadSamplesError, _EpochOrder
+from sqllava.train.trainer import SQLlavaTrainer, _EpochOrder
 
 LORA = Lora(4, 8)
 
@@ -351,9 +352,18 @@ def _spoil(data, tmp_path, every, image="no-such.png"):
     return spoilt
 
 
-def test_a_missing_image_fails_with_its_name_by_default(captions, tmp_path):
-    with pytest.raises(ValueError, match=r"spoilt.json.*caption-\d+.*no-such.png"):
-        run.main(flags(1, _spoil(captions, tmp_path, 1), tmp_path / "out"))
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_missing_image_ends_the_run_with_one_line(captions, tmp_path, workers):
+    data = _spoil(captions, tmp_path, 1)
+    with pytest.raises(SystemExit) as ended:
+        run.main(flags(1, data, tmp_path / "out", dataloader_num_workers=workers))
+    line = rf"error: {data}: record \d+ \(id 'caption-\d+'\): image 'no-such.png' not found in .*"
+    assert re.fullmatch(line, str(ended.value.code))
+
+
+def test_a_warm_up_as_long_as_the_run_is_told(captions, tmp_path, caplog):
+    run.main(flags(1, captions, tmp_path / "out", max_steps=1, warmup_ratio=0.03))
+    assert "all of the 1 steps warm up" in caplog.text
 
 
 @pytest.mark.parametrize("policy", ["skip", "replace"])
@@ -365,7 +375,7 @@ def test_missing_images_are_skipped_or_replaced_and_counted(captions, tmp_path, 
 
 
 def test_too_many_bad_samples_stop_the_run(captions, tmp_path):
-    with pytest.raises(TooManyBadSamplesError, match="max_bad_samples 1"):
+    with pytest.raises(SystemExit, match="error: .*max_bad_samples 1"):
         run.main(
             flags(
                 1,

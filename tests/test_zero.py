@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from training import REPO, environment, flags, write_data
@@ -81,11 +82,20 @@ def test_a_schedule_of_the_files_own_is_a_fault(train):
     assert not read_zero(zero, train).faults
 
 
-@pytest.mark.parametrize("name", [GATHER, "gather_16bit_weights_on_model_save", "nothing"])
+@pytest.mark.parametrize("name", [GATHER, "gather_16bit_weights_on_model_save", "overlap_comm"])
 def test_weights_are_gathered_whatever_the_file_says(name, train):
     zero = read_zero({"zero_optimization": {"stage": 3, name: name != GATHER}}, train)
     assert zero.values["zero_optimization"][GATHER] is True
-    assert "no weights are saved" in zero.notes[0]
+    assert DeepSpeedZeroConfig(
+        **zero.values["zero_optimization"]
+    ).gather_16bit_weights_on_model_save
+
+
+def test_a_misspelt_key_is_a_fault_before_anything_is_loaded(train):
+    zero = read_zero({"zero_optimization": {"stage": 2, "overlap_com": True}}, train)
+    assert zero.faults == [
+        "--deepspeed: its zero_optimization has 'overlap_com', which DeepSpeed does not know"
+    ]
 
 
 def test_what_a_file_leaves_out_is_what_the_flags_say(train):

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from sqllava.pixels import MAX_PIXELS, ImageError, Loaded, check_size, to_rgb
+from sqllava.pixels import MAX_PIXELS, ImageError, ImagePreparer, Loaded, check_size, to_rgb
+
+# A picture's way is read, then prepared: both halves may be had from here.
+__all__ = ["ImageError", "ImagePreparer", "load_image", "read_image", "resolve_image"]
 
 # Of 255: what 12 bits come to where 16 were meant.
 _NEARLY_BLACK = 15

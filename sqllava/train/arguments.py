@@ -1,6 +1,7 @@
 """The flags of one run, parsed, and the one place where they are checked together."""
 
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -123,7 +124,47 @@ def find_faults(arguments: Arguments) -> list[str]:
         *_model_faults(arguments),
         *_data_faults(arguments),
         *_training_faults(arguments),
+        *_number_faults(arguments),
     ]
+
+
+# Flags that are numbers: the least that each may be, and what it must stay below. All are finite.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("num_latents", "model_max_length"), (1, math.inf)),
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_r_vit", "lora_alpha_vit"), (1, math.inf)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    "gradient_accumulation_steps": (1, math.inf),
+    **dict.fromkeys(("learning_rate", "mm_projector_lr", "vision_tower_lr"), (0, math.inf)),
+    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm"), (0, math.inf)),
+    **dict.fromkeys(("max_bad_samples", "dataloader_num_workers", "eval_delay"), (0, math.inf)),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (0, math.inf)),
+    **dict.fromkeys(("num_train_epochs", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "warmup_ratio"), (0, 1)),
+    **dict.fromkeys(("lora_dropout", "lora_dropout_vit"), (0, 1)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),
+    "max_steps": (-1, math.inf),
+}
+
+
+def _number_faults(arguments: Arguments) -> list[str]:
+    model, data, train = arguments.model, arguments.data, arguments.train
+    given = {**vars(model), **vars(data), **vars(train)}
+    faults = []
+    for flag, (least, below) in _BOUNDS.items():
+        value = given[flag]
+        if value is not None and not least <= value < below:
+            end = "" if below == math.inf and value != math.inf else f" and below {below}"
+            faults.append(f"--{flag} {value} must be at least {least}{end}")
+    if train.max_steps == 0 or (train.max_steps < 0 and not train.num_train_epochs):
+        faults.append(
+            f"--max_steps {train.max_steps} with --num_train_epochs {train.num_train_epochs:g}: "
+            "give a number of steps above 0, or -1 (the default) and epochs above 0"
+        )
+    for what in ("save", "eval"):
+        strategy, steps = getattr(train, f"{what}_strategy"), getattr(train, f"{what}_steps")
+        if plain(strategy) == "steps" and steps == 0:
+            faults.append(f"--{what}_steps 0 must be above 0, or --{what}_strategy no")
+    return faults
 
 
 def _model_faults(arguments: Arguments) -> list[str]:
@@ -145,8 +186,6 @@ def _model_faults(arguments: Arguments) -> list[str]:
         )
     if model.mm_use_im_start_end:
         faults.append("--mm_use_im_start_end True is not supported; leave it False")
-    if model.num_latents < 1:
-        faults.append(f"--num_latents {model.num_latents} must be at least 1")
     nothing = not (training.projector or training.vision_lora or training.language_lora)
     if nothing and not training.full_language:
         faults.append("nothing trains: the projector is frozen and no LoRA is enabled")
@@ -193,12 +232,6 @@ def _training_faults(arguments: Arguments) -> list[str]:
         faults.append(
             "--lora_enable with --tune_mm_mlp_adapter: stage 1 freezes the language model"
         )
-    for flag in ("lora_r", "lora_alpha", "lora_r_vit", "lora_alpha_vit", "model_max_length"):
-        if getattr(train, flag) < 1:
-            faults.append(f"--{flag} {getattr(train, flag)} must be at least 1")
-    for flag in ("lora_dropout", "lora_dropout_vit"):
-        if not 0.0 <= getattr(train, flag) < 1.0:
-            faults.append(f"--{flag} {getattr(train, flag)} must be at least 0 and below 1")
     if train.lora_bias != "none":
         faults.append(
             f"--lora_bias {train.lora_bias} must be none: Llama has no biases, "
@@ -221,6 +254,16 @@ def _training_faults(arguments: Arguments) -> list[str]:
         faults.append(
             f"--metric_for_best_model {train.metric_for_best_model}: the loss is the only metric"
         )
+    for flag, asked in (
+        ("--load_best_model_at_end", train.load_best_model_at_end),
+        ("--save_strategy best", plain(train.save_strategy) == "best"),
+    ):
+        if asked and plain(train.eval_strategy) == "no":
+            faults.append(f"{flag} needs --eval_strategy and --eval_data_path")
+    if plain(train.save_strategy) == "best" and train.metric_for_best_model is None:
+        faults.append("--save_strategy best needs --metric_for_best_model loss")
+    if not (train.output_dir or "").strip():
+        faults.append("--output_dir is empty: name a folder for the result")
     for flag, asked in (
         (f"--eval_strategy {plain(train.eval_strategy)}", train.eval_strategy != "no"),
         ("--eval_on_start", train.eval_on_start),

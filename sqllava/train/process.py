@@ -175,16 +175,18 @@ def whole_process() -> Iterator[None]:
             _note(f"{time.time_ns()}-{rank}.word", error.code)
         raise
     except Exception as error:
-        _note(f"{time.time_ns()}-{rank}.word", _essence(error))
+        _note(f"{time.time_ns()}-{rank}.word", f"{type(error).__name__}: {own_words(error)}")
         raise
 
 
-def _essence(error: Exception) -> str:
-    """An error in a line or a few; one of a loader's worker brings a traceback and ends with it."""
+def own_words(error: Exception) -> str:
+    """What an error says; one of a loader's worker brings a traceback, and ends with it."""
     text = str(error).strip()
-    if "Traceback (most recent call last)" in text:
-        return text.splitlines()[-1]
-    return f"{type(error).__name__}: {text}"
+    if "Traceback (most recent call last)" not in text:
+        return text
+    kind = type(error)
+    name = f"{kind.__module__.removeprefix('builtins')}.{kind.__qualname__}: ".lstrip(".")
+    return text.rpartition(f"\n{name}")[2] if f"\n{name}" in text else text.splitlines()[-1]
 
 
 def _note(name: str, text: str = "") -> None:

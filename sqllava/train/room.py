@@ -1,17 +1,11 @@
 """What a run needs of its disk and of shared memory, checked before anything is loaded."""
 
-import contextlib
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers.integrations.deepspeed import (
-    set_hf_deepspeed_config,
-    unset_hf_deepspeed_config,
-)
 
 from sqllava.checkpoint.parts import language_config_of, read_vision_config
 from sqllava.model.adapters import adapter_shapes
@@ -19,6 +13,7 @@ from sqllava.model.config import SQLlavaConfig
 from sqllava.model.model import SQLlavaForConditionalGeneration
 from sqllava.train.arguments import Arguments, TrainArguments
 from sqllava.train.output import OutputError
+from sqllava.train.zero import whole_models
 
 _SHARED = Path("/dev/shm")
 _TRIAL = b"\0" * (1 << 16)
@@ -31,6 +26,12 @@ def make_writable(folder: Path) -> None:
         OutputError: it cannot; the message says why.
     """
     trial = folder / f".trial-{os.getpid()}"
+    there = next((p for p in (folder, *folder.parents) if p.exists() or p.is_symlink()), folder)
+    if not there.is_dir():
+        found = "a file" if there.exists() else "a link that leads nowhere"
+        raise OutputError(
+            f"--output_dir {folder}: {there} is {found}; give a folder, or a new name"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -82,7 +83,7 @@ def sizes(arguments: Arguments) -> tuple[int, int]:
     """Bytes of a checkpoint and of the result, from the models' configs and the flags alone."""
     train, training = arguments.train, arguments.training
     config = _config(arguments)
-    with _whole_models(train):
+    with whole_models():
         if training.full_language:
             with torch.device("meta"):
                 model = SQLlavaForConditionalGeneration(config)
@@ -97,19 +98,6 @@ def sizes(arguments: Arguments) -> tuple[int, int]:
     if train.save_only_model:
         states = 0
     return count * (weight + states), count * weight
-
-
-@contextlib.contextmanager
-def _whole_models(train: TrainArguments) -> Iterator[None]:
-    """Lets a model be built without weights under ZeRO-3, which would partition and fill them."""
-    if not train.deepspeed:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(train.hf_deepspeed_config)
 
 
 def _config(arguments: Arguments) -> SQLlavaConfig:

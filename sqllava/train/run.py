@@ -27,6 +27,7 @@ from sqllava.checkpoint.stamp import stamp_file, stamp_model
 from sqllava.data.collate import Collator
 from sqllava.data.dataset import InstructionDataset
 from sqllava.data.index import open_index
+from sqllava.data.records import RecordError
 from sqllava.encoding import image_token_id
 from sqllava.model.adapters import (
     Adapter,
@@ -62,7 +63,7 @@ from sqllava.train.output import (
     resume_choice,
     write_record,
 )
-from sqllava.train.process import Stopped, whole_process
+from sqllava.train.process import Stopped, own_words, whole_process
 from sqllava.train.room import check_disk, check_shared_memory, make_writable
 from sqllava.train.rows import (
     Attentions,
@@ -71,7 +72,7 @@ from sqllava.train.rows import (
     image_cost,
     sizes_of,
 )
-from sqllava.train.trainer import SQLlavaTrainer
+from sqllava.train.trainer import SQLlavaTrainer, TooManyBadSamplesError
 
 logger = logging.getLogger("sqllava")
 
@@ -110,7 +111,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         logger.info("what trains:\n%s", audit.table())
         trainer = build_trainer(arguments, trained, processor, dataset, audit)
         trainer.record = record
-        with plain_errors((DivergenceError, OutputError)):
+        with plain_errors((DivergenceError, OutputError, RecordError, TooManyBadSamplesError)):
             run_training(trainer, output.plan)
             save_result(arguments, trainer, record)
 
@@ -126,7 +127,7 @@ def plain_errors(
     except kinds as error:
         if "debug" in sys.argv:
             raise
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {own_words(error)}") from None
 
 
 def without_shared_buffers() -> None:

@@ -338,6 +338,12 @@ class SQLlavaTrainer(Trainer):
             others = in_the_way(look(Path(cast(str, self.args.output_dir))).strangers, max_steps)
             if others:
                 raise OutputError(taken(others))
+        if max_steps <= self.args.get_warmup_steps(max_steps) and self.is_world_process_zero():
+            logger.warning(
+                "all of the %d steps warm up: the learning rate starts at 0 and never comes to "
+                "--learning_rate",
+                max_steps,
+            )
         trained = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
         return trained

@@ -1,11 +1,14 @@
 """The DeepSpeed file: read, compared with the flags, and made to do what the flags say."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import deepspeed
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 # Of DeepSpeed's AdamW: which of our flags must agree, unless the file says "auto"; and what chooses
@@ -100,7 +103,9 @@ def read_zero(given: str | dict[str, Any], train: TrainingArguments) -> ZeroConf
     if partition.get("offload_optimizer"):
         # Ours is torch's AdamW, which DeepSpeed takes beside offloading when it is told to.
         zero.values.setdefault("zero_force_ds_cpu_optimizer", False)
-    if zero.stage == 3 and not partition.get(GATHER):
+    zero.faults += [f"{name}: its zero_optimization {fault}" for fault in _unknown(partition)]
+    gathers = partition.pop(GATHER.removeprefix("stage3_"), False)  # DeepSpeed's other name for it
+    if zero.stage == 3 and not partition.setdefault(GATHER, gathers):
         partition[GATHER] = True
         zero.notes.append(f"{name}: {GATHER} is taken as true: without it no weights are saved")
     return zero
@@ -128,6 +133,18 @@ def _json(name: str, text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{name} is a JSON {type(values).__name__}, where an object was expected")
     return values
+
+
+def _unknown(partition: dict[str, Any]) -> list[str]:
+    """Keys that DeepSpeed does not take, which it would say at length once the model is built."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = {
+        word
+        for name, about in DeepSpeedZeroConfig.model_fields.items()
+        for word in (name, about.alias)
+    }
+    return [f"has {key!r:.60}, which DeepSpeed does not know" for key in partition.keys() - known]
 
 
 def _optimizer(section: Any, train: TrainingArguments) -> list[str]:
@@ -178,3 +195,17 @@ def _same(value: Any, wanted: Any) -> bool:
         return float(value) == float(wanted)
     except (TypeError, ValueError):
         return False
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Lets models be built whole, on the meta device too, where ZeRO-3 is set up already.
+
+    transformers would partition them over all ranks, and fill in weights that are not there.
+    """
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
