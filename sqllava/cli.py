@@ -1,8 +1,11 @@
 """The `sqllava` command: hands the rest of its line to the module of the command named first."""
 
 import argparse
+import os
+import select
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -57,7 +60,32 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         hint = f"pip install 'sqllava[{EXTRAS[name]}]'"
         raise SystemExit(f"error: {error.name} is not installed: {hint}") from error
-    command.main(rest)
+    _run(command.main, rest)
+
+
+def _run(command: Callable[[list[str]], None], words: list[str]) -> None:
+    """Runs a command; ends without a word where what it writes to has been closed (`| head -1`)."""
+    try:
+        try:
+            command(words)
+        finally:
+            sys.stdout.flush()
+    except (SystemExit, OSError):
+        if not _nobody_reads():
+            raise
+        # What is left in the buffer goes nowhere, rather than to a complaint at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that its reader has closed."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(found & select.POLLERR for _, found in poll.poll(0))
+    except (OSError, ValueError):  # no file behind it
+        return False
 
 
 def usage() -> str:

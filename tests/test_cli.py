@@ -1,5 +1,7 @@
 """The `sqllava` command: help, unknown commands, and every command's own --help."""
 
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -47,3 +49,30 @@ def test_options_may_be_spelled_with_hyphens_or_underscores():
         for given in ([option, "a_b"], [f"{option}=a_b"]):
             assert parser.parse_args(given).vision_tower == "a_b"
     assert parser.parse_args(["--", "--a_b"]).rest == ["--a_b"]
+
+
+# A command that writes until it is stopped, and takes any OSError for its user's mistake.
+WRITES_ON = """
+import sys
+from types import SimpleNamespace
+from sqllava import cli
+
+def main(words):
+    try:
+        while True:
+            sys.stdout.write("line\\n" * 1000)
+    except OSError as error:
+        raise SystemExit(f"error: {error}") from error
+
+cli.import_module = lambda name: SimpleNamespace(main=main)
+cli.main(["ask"])
+"""
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word():
+    command = [sys.executable, "-c", WRITES_ON]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(20) == 141  # as the shell counts SIGPIPE
