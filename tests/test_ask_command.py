@@ -14,7 +14,13 @@ from training import environment
 
 from sqllava import SelfQuestioner, load
 from sqllava.ask.cli import main, parse_arguments
-from sqllava.ask.transcript import Transcript, named_images, open_picture
+from sqllava.ask.transcript import (
+    Conversation,
+    Transcript,
+    _json_line,
+    named_images,
+    open_picture,
+)
 from sqllava.pixels import ImageError
 
 
@@ -244,3 +250,15 @@ def test_texts_written_at_once_are_shown_in_order():
     assert shown[:2] == ["1: ", "1: a"]
     assert shown[3] == "1: aA\n2: b"
     assert shown[4] == "1: aA\n2: bB\n3: c\n"
+
+
+def test_lists_of_windows_and_names_that_are_not_utf8_are_taken(golden):
+    images = [str(golden / "images" / f"{number}.png") for number in range(2)]
+    listed = io.StringIO(f"\ufeff{images[0]}\r\n\r\n{images[1]}\r\n")
+    assert named_images(["-"], listed, allow_url=False) == images
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # strict, as in most places
+    Transcript(out).show("caf\udce9.jpg\n")
+    out.seek(0)
+    assert out.read() == "caf\\udce9.jpg\n"
+    line = _json_line(Conversation("caf\udce9.jpg", "a ü", []))
+    assert json.loads(line.encode())["image"] == "caf\udce9.jpg"

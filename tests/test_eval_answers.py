@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -344,8 +345,10 @@ def test_two_processes_do_not_write_one_chunk(root, ours, tmp_path):
     parts.mkdir()
     with open(parts / "1_0.jsonl", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="another process is writing this chunk"):
-            cli.main(words(TASKS["gqa"], root, ours, tmp_path / "a.jsonl"))
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(SystemExit, match="another process is writing this chunk"):
+                cli.main(words(TASKS["gqa"], root, ours, tmp_path / "a.jsonl", *more))
+        assert (parts / "1_0.jsonl").exists()  # not taken away from under its writer
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -380,6 +383,28 @@ def test_questions_whose_file_holds_no_picture_are_marked(root, ours, tmp_path):
         cli.main(given)
     cli.main([*given, "--bad-images", "mark"])
     assert ["error" in row["metadata"] for row in read(answers)] == [False, False, True]
+
+
+@pytest.mark.parametrize("kind", ["ours", "hub"])
+def test_questions_that_no_model_reads_are_told(kind, root, tmp_path, request, caplog):
+    rows = read(root / "pope/llava_pope_test.jsonl")[:2]
+    model, context = request.getfixturevalue(kind), 2048
+    rows[1]["text"] = "What color? " * context
+    questions, answers = lines(tmp_path / "q.jsonl", rows), tmp_path / "a.jsonl"
+    given = ["run", "gqa", "--model", model, "--questions", questions, "--answers", answers]
+    given += ["--images", root / "pope/val2014", "--workers", 0, "--max-new-tokens", 1]
+    cli.main([str(word) for word in given])
+    told = [record.getMessage() for record in caplog.records if "do not trust" in record.msg]
+    assert len(told) == 1
+    assert re.match(
+        rf"question {rows[1]['question_id']}: .* \d{{4,5}} tokens, .* reads \d+", told[0]
+    )
+
+    rows[1]["text"] = "What \ud83d?"
+    lines(tmp_path / "q.jsonl", rows)
+    half = r"q\.jsonl, record 2 \(question \d+\): character 6 of its text is half a surrogate pair"
+    with pytest.raises(SystemExit, match=half):
+        cli.main([str(word) for word in (*given, "--overwrite")])
 
 
 def test_parts_that_are_none_are_told(root, ours, tmp_path):

@@ -693,3 +693,13 @@ def test_a_table_without_a_column_of_pictures_is_told(tmp_path):
     source = table(tmp_path / "t.tsv", [one(image_path="1.jpg")])
     message = told("prepare", "mmbench", source, "--out", tmp_path / "q.jsonl")
     assert "no column image; its columns are ['index'" in message and "'image_path']" in message
+
+
+def test_a_folder_or_nothing_in_a_files_place_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    given = ["score", "vqav2", "--answers", str(path), "--annotations", str(path)]
+    with pytest.raises(SystemExit, match=f"error: no such file: {path}$"):
+        cli.main(given)
+    path.mkdir()
+    with pytest.raises(SystemExit, match=f"error: {path} is a folder, where a file is expected$"):
+        cli.main(given)

@@ -280,6 +280,27 @@ def test_text_in_parts_is_a_reply(bench):
     assert read(bench.parent / "reviews.jsonl")[0]["tuple"] == [8, 9]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [  # vLLM's; OpenAI's
+        "'max_tokens' or 'max_completion_tokens' is too large: 1024. This model's maximum context "
+        "length is 2048 tokens and your request has 1800 input tokens",
+        "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens "
+        "(7976 in the messages, 1024 in the completion: max_tokens).",
+    ],
+)
+def test_one_request_that_is_too_long_takes_nothing_from_the_others(said, bench, capsys):
+    def behave(number, body):
+        return (400, refused(said, "max_tokens")) if number == 1 else (200, completion("8 9"))
+
+    with server(behave) as (address, asked):
+        review(bench, address, "--concurrency", "1")
+    told = json.loads(capsys.readouterr().out)
+    assert told["failed"] == 1 and "context length" in told["failures"]["0"]
+    assert told["parameters"]["limit_name"] == "max_tokens"
+    assert all("max_tokens" in body for body in asked) and len(asked) == 3
+
+
 def test_a_judge_that_refuses_parameters_is_asked_without_them(bench, capsys):
     """As gpt-5 does; two requests at once are both refused, and both asked again."""
 

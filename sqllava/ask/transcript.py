@@ -79,7 +79,8 @@ class Transcript:
         self._out = out
 
     def show(self, text: str) -> None:
-        self._out.write(text)
+        # A file's name may be no UTF-8.
+        self._out.write(text.encode("utf-8", "backslashreplace").decode())
         self._out.flush()
 
     def in_order(self, heads: Sequence[str]) -> Stream:
@@ -149,7 +150,7 @@ def named_images(words: Iterable[str], stdin: TextIO, allow_url: bool) -> list[s
     names = []
     for word in words:
         try:
-            lines = [line.rstrip("\r\n") for line in stdin] if word == "-" else [word]
+            lines = _names(stdin) if word == "-" else [word]
         except UnicodeDecodeError as error:
             raise ValueError(f"standard input is no list of names: {error}") from error
         names += [line for line in lines if line.strip()]
@@ -163,6 +164,11 @@ def named_images(words: Iterable[str], stdin: TextIO, allow_url: bool) -> list[s
         elif not os.path.isfile(name):  # also of names that no file can have
             raise FileNotFoundError(f"no such image: {name}")
     return names
+
+
+def _names(stdin: TextIO) -> list[str]:
+    """The lines of a list, with or without a byte order mark."""
+    return [line.rstrip("\r") for line in stdin.read().removeprefix("\ufeff").split("\n")]
 
 
 def _check_url(name: str, allow_url: bool) -> None:
@@ -230,9 +236,19 @@ def ask_images(args: argparse.Namespace) -> int:
             continue
         conversation = converse(questioner, name, picture, plan, transcript)
         if args.json:
-            sys.stdout.write(json.dumps(asdict(conversation), ensure_ascii=False) + "\n")
+            sys.stdout.write(_json_line(conversation))
             sys.stdout.flush()
     return failed
+
+
+def _json_line(conversation: Conversation) -> str:
+    """A conversation as a line of JSON; a name that is not UTF-8 stands there in escapes."""
+    line = json.dumps(asdict(conversation), ensure_ascii=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(asdict(conversation)) + "\n"
+    return line
 
 
 def make_data(args: argparse.Namespace) -> int:

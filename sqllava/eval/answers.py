@@ -114,6 +114,7 @@ def generate(
     """
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, found {batch_size}")
+    _check_texts(job, questions)
     write_header(job, engine, questions, batch_size)
     job.parts.mkdir(parents=True, exist_ok=True)
     items = shard.items(len(questions))
@@ -138,6 +139,19 @@ def generate(
                     file.flush()
                     bar.update(len(fresh))
     return merge(job, questions)
+
+
+def _check_texts(job: Job, questions: Sequence[Question]) -> None:
+    """Raises ValueError at a question that no tokenizer takes: JSON can hold half a character."""
+    for number, question in enumerate(questions, 1):
+        try:
+            question.text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{job.questions}, record {number} (question {question.question_id!r}): character "
+                f"{error.start + 1} of its text is half a surrogate pair, "
+                f"{question.text[error.start]!r}, and no text: write the whole pair"
+            ) from None
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -221,6 +235,16 @@ def _answers(
     whole rounds is left out."""
     errors = prepared.errors.items()
     yield [_marked(job, engine, item, questions[item], error) for item, error in errors]
+    lengths = engine.lengths(prepared.inputs) if prepared.rounds else []
+    for item, length in zip(chain(*prepared.rounds), lengths, strict=True):
+        if engine.context is not None and length >= engine.context and item not in done:
+            logger.warning(
+                "question %r: its prompt has %d tokens, and the model reads %d: do not trust the "
+                "answer",
+                questions[item].question_id,
+                length,
+                engine.context,
+            )
     todo = [(items, at) for items, at in prepared.numbers() if not set(items) <= done]
     texts = engine.answers(prepared.inputs, [at for _, at in todo], job.decoding)
     for items, said in zip([items for items, _ in todo], texts if todo else (), strict=True):
@@ -347,6 +371,10 @@ def write_header(
 
 
 def discard(job: Job) -> None:
-    """Removes all that an earlier run of the job has left."""
-    for path in (*job.parts.glob("*.jsonl"), job.header, job.out):
+    """Removes all that an earlier run of the job has left; raises ValueError while one goes on."""
+    parts = list(job.parts.glob("*.jsonl"))
+    for part in parts:
+        with _appending(part):
+            pass
+    for path in (*parts, job.header, job.out):
         path.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ PUBLISHED = "published"
 # What servers call the limit of a reply's length, the published name first.
 LIMIT_NAMES = ("max_tokens", "max_completion_tokens")
 LONGEST_COMPLAINT = 200
+# Of a complaint about one request's length: servers name the parameter there, too.
+_OF_LENGTH = ("context length", "context window", "context_length", "too large", "too long")
 
 
 class JudgeError(RuntimeError):
@@ -63,7 +65,12 @@ class Parameters:
         return sent
 
     def give_up(self, complaint: str) -> str | None:
-        """Does without what a server's complaint names; says what it does, or None if nothing."""
+        """Does without what a server's complaint names; says what it does, or None if nothing.
+
+        A request that is too long has a complaint of its own, and takes nothing from the others.
+        """
+        if any(words in complaint.lower() for words in _OF_LENGTH):
+            return None
         if "temperature" in complaint and self.temperature is not None:
             self.temperature = None
             return "the judge refuses the temperature: asking without one"

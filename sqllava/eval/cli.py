@@ -98,7 +98,8 @@ def _tell(value: Any) -> None:
 
 
 def _list_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", nargs="?", choices=list(TASKS), metavar="TASK")
+    parser.add_argument("task", nargs="?", choices=list(TASKS), metavar="TASK",
+                        help="all about this one")  # fmt: skip
     parser.set_defaults(command=list_tasks)
 
 
@@ -219,7 +220,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--do-sample", action="store_true", help="sample; scores become random")
     parser.add_argument("--num-chunks", type=int, help="how many processes share the work")
     parser.add_argument("--chunk-idx", type=int, help="which of them this one is, from 0")
-    parser.add_argument("--bad-images", choices=("error", "mark"), default="error")
+    parser.add_argument("--bad-images", choices=("error", "mark"), default="error",
+                        help="stop at a picture that cannot be read (default), or write an "
+                        "empty answer and go on")  # fmt: skip
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto")
     parser.add_argument("--device", help="cpu, cuda, cuda:1")
     parser.add_argument("--limit", type=int, help="only the first questions, to try things out")
@@ -238,7 +241,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", choices=list(TASKS), metavar="TASK")
+    parser.add_argument("task", choices=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--answers", type=Path, required=True, help="as given to run")
     parser.set_defaults(command=merge)
@@ -329,7 +332,8 @@ def submit(args: argparse.Namespace) -> None:
 
 
 def _judge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", choices=("llavabench", "mmvet"), metavar="TASK")
+    parser.add_argument("task", choices=("llavabench", "mmvet"), metavar="TASK",
+                        help="llavabench or mmvet")  # fmt: skip
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--annotations", type=Path, required=True, help="the benchmark's folder")
     parser.add_argument("--prompts", type=Path, required=True, help="rule.json, or MM-Vet's script")
@@ -337,7 +341,8 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", help="model name (by default the published judge's)")
     parser.add_argument("--base-url", help="of an OpenAI-compatible server ($OPENAI_BASE_URL)")
     parser.add_argument("--runs", type=at_least(1), default=1, help="MM-Vet: grades per answer")
-    parser.add_argument("--concurrency", type=at_least(1), default=8)
+    parser.add_argument("--concurrency", type=at_least(1), default=8,
+                        help="requests at a time (default: %(default)s)")  # fmt: skip
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one request")
     parser.add_argument("--retries", type=at_least(0), default=5, help="of a request that fails")
     parser.add_argument("--max-tokens", type=at_least(1), help="of a reply (the published limit)")

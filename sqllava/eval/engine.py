@@ -184,6 +184,15 @@ class Engine:
         """What questions take of a batch, where those about one picture share it; else None."""
         return None
 
+    @property
+    def context(self) -> int | None:
+        """How many tokens the language model reads; None if its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def lengths(self, batch: Any) -> list[int]:
+        """The tokens of each prompt of a batch, its picture's among them."""
+        return batch["attention_mask"].sum(1).tolist()  # [B]
+
     @torch.inference_mode()
     def answer(self, batch: Any, decoding: Decoding) -> list[str]:
         """Writes a text for each question of a batch."""
@@ -231,6 +240,9 @@ class OurEngine(Engine):
             return None
         image, text = (len(prompter.ids("", with_image)) for with_image in (True, False))
         return Costs(image, text, decoding.max_new_tokens)
+
+    def lengths(self, batch: Prompts) -> list[int]:
+        return [len(ids) for ids in batch.ids]
 
     def answer(self, batch: Prompts, decoding: Decoding) -> list[str]:
         return next(self.answers(batch, [range(len(batch.ids))], decoding))

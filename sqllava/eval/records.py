@@ -94,7 +94,16 @@ def answer_row(question: Question, text: str, model_id: str, metadata: Row | Non
 
 
 def foreign_content(path: Path) -> str | None:
-    """What a file is, and what to do, if its first bytes show that it is no UTF-8 text."""
+    """What a file is, and what to do, if its first bytes show that it is no UTF-8 text.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, where a file is expected")
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
     with open(path, "rb") as file:
         head = file.read(LOOK_BYTES)
     if head.startswith(b"PAR1"):
