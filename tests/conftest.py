@@ -15,6 +15,17 @@ from sqllava.train.trainer import save_adapter
 REPO = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Several test processes hand their reports on as UTF-8, which cannot hold the half characters
+    that some tests make the program log."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Tiny models, data and numbers, all computed by the published code."""
