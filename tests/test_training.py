@@ -361,6 +361,24 @@ def test_a_missing_image_ends_the_run_with_one_line(captions, tmp_path, workers)
     assert re.fullmatch(line, str(ended.value.code))
 
 
+def test_where_no_record_can_be_used_nothing_is_saved(captions, tmp_path):
+    data = _spoil(captions, tmp_path, 1)
+    with pytest.raises(SystemExit, match="error: .*spoilt.json: none of the records .*: nothing"):
+        run.main(flags(1, data, tmp_path / "out", bad_samples="skip", max_steps=2))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_audit_waits_for_a_record_that_can_be_used(captions, tmp_path):
+    records = json.loads(captions.read_text())[:4]
+    for record in records[:3]:
+        record["image"] = "no-such.png"
+    (tmp_path / "few.json").write_text(json.dumps(records))
+    given = {"bad_samples": "skip", "max_steps": 4, "per_device_train_batch_size": 1}
+    run.main(flags(1, tmp_path / "few.json", tmp_path / "out", **given))
+    losses = [entry["loss"] for entry in history(tmp_path / "out")]
+    assert sorted(losses)[:3] == [0, 0, 0] and losses[0] == 0 and max(losses) > 0
+
+
 def test_a_warm_up_as_long_as_the_run_is_told(captions, tmp_path, caplog):
     run.main(flags(1, captions, tmp_path / "out", max_steps=1, warmup_ratio=0.03))
     assert "all of the 1 steps warm up" in caplog.text
@@ -423,7 +441,7 @@ def test_audit_stops_a_tower_that_runs_under_no_grad(golden):
     training = Training(vision_lora=LORA)
     trained = prepare_training(model, training)
     audit = GradientAudit(trained, {}, training)
-    audit.images = 1
+    audit.images = audit.targets = 1
     tower = model.model.vision_tower
     tower.forward = torch.no_grad()(tower.forward)
     ids = torch.tensor([[1] + [model.config.image_token_id] * 16 + [5, 6, 7]])

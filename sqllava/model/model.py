@@ -374,7 +374,10 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, LlavaForConditiona
             labelled = (labels[0] != IGNORE_INDEX) & (places >= 0)
             states, targets = hidden[0, places[labelled]], labels[0, labelled]  # [T, d], [T]
         total = head_loss(self.lm_head, states, targets)
-        return total / (items if items is not None else max(len(targets), 1))
+        # A step whose records were all left out has nothing to learn: its loss is 0, not 0 / 0.
+        if isinstance(items, torch.Tensor):
+            return total / items.to(total.device).clamp(min=1)
+        return total / max(len(targets) if items is None else items, 1)
 
 
 def _looking_behind_images(look: Callable[..., Any], image: int) -> Callable[..., Any]:

@@ -26,10 +26,14 @@ class GradientAudit(TrainerCallback):
     """Watches the gradients of the first optimiser step and judges them at its end.
 
     Hooks see each gradient before DeepSpeed takes it away. Parts that need an image are judged at
-    the first step that has one.
+    the first step that has one, and nothing before the first step that has tokens to learn.
 
     Args:
         training: what the flags ask for, by which the model and its gradients are judged.
+
+    Attributes:
+        images, targets: that this rank has read so far; the trainer counts them.
+        idle: whether steps were made, and none had tokens to learn.
 
     Raises:
         GradientAuditError: the model is set to train something else.
@@ -51,7 +55,8 @@ class GradientAudit(TrainerCallback):
         self.names = sorted(wanted)
         self.seen: dict[str, bool] = {}  # name -> its gradient was not all zero
         self.pending = {part_of(name) for name in self.names}
-        self.images = 0
+        self.images = self.targets = 0
+        self.idle = False
         self.hooks = [
             parameter.register_hook(self._recorder(name))
             for name, parameter in model.named_parameters()
@@ -74,7 +79,10 @@ class GradientAudit(TrainerCallback):
         """Judges the parts that this step could reach, while the gradients are still there."""
         if not self.pending:
             return
-        reached = set(self.pending) if self._any_image() else self.pending & {"language model"}
+        self.idle = not _anywhere(self.targets)
+        if self.idle:  # no record could be used, as yet: nothing could have a gradient
+            return
+        reached = set(self.pending) if _anywhere(self.images) else self.pending & {"language model"}
         faults = self._faults(reached)
         self.pending -= reached
         if not self.pending:
@@ -88,9 +96,6 @@ class GradientAudit(TrainerCallback):
                 ", ".join(sorted(reached)),
                 sum(part_of(name) in reached for name in self.names),
             )
-
-    def _any_image(self) -> bool:
-        return bool(any_rank(torch.tensor([self.images > 0]))[0])
 
     def _faults(self, parts: set[str]) -> list[str]:
         reached = torch.tensor([name in self.seen for name in self.names])
@@ -134,6 +139,10 @@ def _waits_for_its_partner(name: str, names: list[str], nonzero: torch.Tensor) -
         return False
     partner = name.replace(".lora_A.", ".lora_B.")
     return partner in names and bool(nonzero[names.index(partner)])
+
+
+def _anywhere(count: int) -> bool:
+    return bool(any_rank(torch.tensor([count > 0]))[0])
 
 
 def any_rank(flags: torch.Tensor) -> torch.Tensor:

@@ -445,9 +445,15 @@ def run_training(trainer: SQLlavaTrainer, plan: Plan) -> None:
 
     Raises:
         Stopped: a signal came; what was done is in a checkpoint.
+        TooManyBadSamplesError: no record could be used.
     """
     with trainer.stop.request.listening():
         trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
+    if trainer.audit.idle:
+        raise TooManyBadSamplesError(
+            f"{trainer.train_dataset.index.source}: none of the records that came up could be used "
+            "(the warnings above name them): nothing was trained"
+        )
     step = trainer.state.global_step
     if trainer.stop.agreed and step < trainer.state.max_steps:
         logger.info("stopped; checkpoint-%d holds what was done", step)

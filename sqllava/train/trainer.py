@@ -222,6 +222,7 @@ class SQLlavaTrainer(Trainer):
         stats = inputs.pop("sample_stats")
         if model.training:
             self.audit.images += stats["images"]
+            self.audit.targets += stats["supervised"]
             self.counts.update({name: stats[name] for name in _COUNTED})
             for index, reason in stats["skipped"]:
                 self.counts["skipped"] += 1
