@@ -166,6 +166,15 @@ def test_the_cache_folder(source, tmp_path, monkeypatch):
     assert open_index(twin)[0] != open_index(source)[0]
 
 
+def test_other_records_of_the_same_size_and_time_are_indexed_anew(source):
+    before = open_index(source)[0]
+    stat = source.stat()
+    source.write_text(source.read_text().replace("What", "When"))
+    os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert source.stat().st_size == stat.st_size
+    assert open_index(source)[0] != before
+
+
 def test_a_source_folder_that_cannot_be_written_to(source, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(index_module.os, "access", lambda *_: False)

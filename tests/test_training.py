@@ -422,6 +422,12 @@ def test_a_stage1_of_another_rank_is_refused_by_name(stage1, mixed, tmp_path):
         run.main(flags(2, mixed, tmp_path, pretrain_mm_mlp_adapter=stage1, lora_r_vit=8))
     with pytest.raises(SystemExit, match="alpha"):
         run.main(flags(2, mixed, tmp_path, pretrain_mm_mlp_adapter=stage1, lora_alpha_vit=16))
+    # What no weight's shape tells.
+    with pytest.raises(SystemExit, match="centres=8 .*, not .*centres=4 .*: give .*NUM_LATENTS"):
+        run.main(flags(2, mixed, tmp_path, pretrain_mm_mlp_adapter=stage1, num_latents=4))
+    layer = {"pretrain_mm_mlp_adapter": stage1, "mm_vision_select_layer": -3}
+    with pytest.raises(SystemExit, match="hidden state -2, not -3: give --mm_vision_select_layer"):
+        run.main(flags(2, mixed, tmp_path, **layer))
     with pytest.raises(SystemExit, match="pretrain_clu.sh"):
         run.main(flags(2, mixed, tmp_path, pretrain_mm_mlp_adapter=tmp_path))
 

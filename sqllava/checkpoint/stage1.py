@@ -28,10 +28,12 @@ def read_stage1(path: Path, config: SQLlavaConfig) -> Adapter:
 
     Raises:
         FileNotFoundError: nothing of that kind is there.
-        ValueError: a published file does not fit the model; the message names the tensors.
+        ValueError: a published file does not fit the model (the message names the tensors), or one
+            of our adapters was trained to work in another way.
     """
     folder = path if path.is_dir() else path.parent
     if (folder / ADAPTER_WEIGHTS).is_file():
+        _same_use(folder, config)
         warn_of_another_base(folder, config)
         return read_adapter(folder)
     if (folder / PROJECTOR_FILE).is_file():
@@ -44,6 +46,25 @@ def read_stage1(path: Path, config: SQLlavaConfig) -> Adapter:
         f"{path}: neither {ADAPTER_WEIGHTS} nor {PROJECTOR_FILE} is there; "
         "stage 1 (scripts/pretrain_clu.sh) writes the first"
     )
+
+
+def _same_use(folder: Path, config: SQLlavaConfig) -> None:
+    """Raises ValueError where weights fit and would act otherwise: no weight's shape tells the
+    number of centres, or which layer of the tower is read."""
+    if not (folder / "config.json").is_file():
+        return
+    then = config_dict(str(folder))
+    own, wanted = projector_of(then), projector_of(config.to_dict())
+    if own != wanted:
+        raise ValueError(
+            f"{folder} was trained with a projector of type {_named(own)}, not {_named(wanted)}: "
+            "give --mm_projector_type and --num_latents (NUM_LATENTS) as they were there"
+        )
+    if then.get("select_layer", config.select_layer) != config.select_layer:
+        raise ValueError(
+            f"{folder} was trained on the tower's hidden state {then['select_layer']}, not "
+            f"{config.select_layer}: give --mm_vision_select_layer as it was there"
+        )
 
 
 def read_own_projector(base: str, config: SQLlavaConfig) -> Adapter | None:

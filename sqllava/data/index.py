@@ -133,9 +133,13 @@ def open_index(path: Path | str, cache_dir: Path | str | None = None) -> RecordI
 
 
 def index_path(source: Path, cache_dir: Path | str | None = None) -> Path:
-    """Where the index of a source belongs, by the source's name, size and time of change."""
+    """Where the index of a source belongs, by the source's name, size and times of change.
+
+    The time of modification alone is not enough: rsync, tar and `cp -p` set it as they like.
+    """
     stat = source.stat()
-    name = f"{source.name}-{stat.st_size}-{stat.st_mtime_ns}-v{_VERSION}.arrow"
+    times = f"{stat.st_mtime_ns}-{stat.st_ctime_ns}"
+    name = f"{source.name}-{stat.st_size}-{times}-v{_VERSION}.arrow"
     beside = source.parent / _FOLDER / name
     cache = cache_dir or os.environ.get("SQLLAVA_CACHE")
     if not cache and (beside.exists() or os.access(source.parent, os.W_OK)):
