@@ -64,12 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(command: Callable[[list[str]], None], words: list[str]) -> None:
-    """Runs a command; ends without a word where what it writes to has been closed (`| head -1`)."""
+    """Runs a command; ends without a word where what it writes to has been closed (`| head -1`),
+    or where Ctrl-C stops it."""
     try:
         try:
             command(words)
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
     except (SystemExit, OSError):
         if not _nobody_reads():
             raise

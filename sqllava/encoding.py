@@ -270,5 +270,14 @@ def has_dummy_prefix(tokenizer: PreTrainedTokenizerBase) -> bool:
 # Role tags and the system text recur in every record.
 @lru_cache(maxsize=4096)
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Ids of text as text: what looks like a special token in it is not one."""
+    """Ids of text as text: what looks like a special token in it is not one.
+
+    Raises:
+        ValueError: half a surrogate pair is in it, which JSON can hold and no tokenizer takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"{half!r} is half a surrogate pair, and no text") from None
     return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)

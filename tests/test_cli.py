@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +40,16 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch):
         cli.main(["data", "check"])
     with pytest.raises(ModuleNotFoundError):
         cli.main(["ask", "a.jpg"])  # Needs no extra: what is missing is a fault.
+
+
+def test_an_interrupt_ends_a_command_without_a_traceback(monkeypatch):
+    def stopped(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=stopped))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ask"])
+    assert stop.value.code == 130
 
 
 def test_options_may_be_spelled_with_hyphens_or_underscores():

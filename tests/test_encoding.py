@@ -87,6 +87,8 @@ def test_text_with_end_tokens_equals_the_turns_behind_it(tokenizer: Any) -> None
 def test_a_prompt_must_be_open(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="must be open"):
         encode_prompt([Turn("user", "q")], SQ, tokenizer)
+    with pytest.raises(ValueError, match="'.ud83d' is half a surrogate pair, and no text"):
+        encode_prompt([Turn("user", "q \ud83d"), Turn("assistant", None)], SQ, tokenizer)
 
 
 def test_a_tokenizer_without_the_image_token_is_an_error(golden: Path) -> None:
