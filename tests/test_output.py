@@ -33,6 +33,7 @@ from sqllava.train.output import (
     read_record,
     remove,
     resume_choice,
+    sweep,
     write_record,
 )
 
@@ -411,6 +412,47 @@ def test_a_checkpoint_that_is_saved_again_is_not_whole_in_between(tmp_path, reco
     begin_checkpoint(path, 2, record, True)
     assert not (path / COMPLETE).exists() and not (path / "adapter_model.safetensors").exists()
     assert read_checkpoint(path) == Checkpoint(path, 2, read_record(path), False)
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_a_kill_at_any_moment_of_beginning_or_removing_leaves_no_stranger(
+    tmp_path, record, monkeypatch, saved_before
+):
+    """Each call of the system that changes the disk is the last one, in turn."""
+
+    class Killed(BaseException):
+        pass
+
+    for number in range(100):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = save(folder, 2, record) if saved_before else folder / "checkpoint-2"
+        left = iter(range(number))
+
+        def dying(work, left=left):
+            def call(*given, **named):
+                if next(left, None) is None:
+                    raise Killed
+                return work(*given, **named)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "unlink", "rmdir", "rename", "replace"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                begin_checkpoint(path, 2, record, True)
+                remove([path])
+                done = True
+            except Killed:
+                done = False
+        assert look(folder).strangers == ()
+        sweep(folder)
+        assert [entry.name for entry in folder.iterdir()] in ([], ["checkpoint-2"])
+        if done:
+            assert number > 4 and not path.exists()
+            return
+    pytest.fail("it never came to its end")
 
 
 def test_found_knows_a_result_only_when_it_is_there(tmp_path, record):

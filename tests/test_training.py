@@ -407,7 +407,7 @@ def test_too_many_bad_samples_stop_the_run(captions, tmp_path):
 
 def test_an_image_outside_the_folder_is_refused(captions, tmp_path):
     outside = GOLDEN / "clip-tiny" / "config.json"
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(SystemExit, match="leads out of the image folder"):
         run.main(flags(1, _spoil(captions, tmp_path, 1, str(outside)), tmp_path / "out"))
 
 

@@ -21,6 +21,8 @@ from sqllava.model.card import RUN_FILE
 
 # Written into a checkpoint when everything else in it is on disk; without it, it does not count.
 COMPLETE = "complete"
+# Before the name of a folder that is just being made or taken apart.
+_ASIDE = ".sqllava-"
 _LOCK = ".sqllava_run.lock"
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -452,9 +454,12 @@ def begin_checkpoint(path: Path, step: int, record: Record, resumable: bool) -> 
     if path.exists() or path.is_symlink():
         if read_checkpoint(path) is None:
             raise OutputError(taken([path]))
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
-    write_record(replace(record, checkpoint={"step": step, "resumable": resumable}), path)
+        remove([path])
+    # Under its own name only with its record in it: a kill in between must not leave a stranger.
+    begun = _aside(path)
+    begun.mkdir(parents=True)
+    write_record(replace(record, checkpoint={"step": step, "resumable": resumable}), begun)
+    begun.rename(path)
 
 
 def end_checkpoint(path: Path) -> None:
@@ -499,13 +504,28 @@ def outdated(checkpoints: list[Checkpoint], limit: int | None, best: str | None)
 
 
 def remove(paths: tuple[Path, ...] | list[Path]) -> None:
-    """Removes files and folders; a checkpoint loses its claim to be whole first."""
+    """Removes files and folders; a folder loses its name first, as half of one claims nothing."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
-            (path / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            gone = _aside(path)
+            path.rename(gone)
+            shutil.rmtree(gone)
         else:
             path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Clears away what a kill left of checkpoints that were being begun or removed."""
+    for path in folder.glob(f"{_ASIDE}*"):
+        shutil.rmtree(path)
+
+
+def _aside(path: Path) -> Path:
+    """Where a folder is made or taken apart, out of everybody's way."""
+    aside = path.with_name(_ASIDE + path.name)
+    if aside.exists():
+        shutil.rmtree(aside)
+    return aside
 
 
 # --- one run at a time ----------------------------------------------------------------------------

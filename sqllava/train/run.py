@@ -61,6 +61,7 @@ from sqllava.train.output import (
     look,
     remove,
     resume_choice,
+    sweep,
     write_record,
 )
 from sqllava.train.process import Stopped, own_words, whole_process
@@ -220,6 +221,7 @@ def _prepared(arguments: Arguments, record: Record) -> Iterator[Plan]:
             for path in plan.remove:
                 logger.warning("removing %s", path)
             remove(plan.remove)
+            sweep(folder)
             check_disk(arguments, folder, len(look(folder).complete))
             check_shared_memory(arguments, _processes_here(train.world_size))
             write_record(record, folder)
